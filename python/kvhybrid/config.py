@@ -52,7 +52,7 @@ class Allowed(str):
 
 def _no_flag(value: object) -> object:
     if isinstance(value, bool):
-        raise ValueError("a flag is no number")
+        raise ValueError("a flag is no number")  # noqa: TRY004  # pydantic collects ValueError only
     return value
 
 
@@ -122,7 +122,9 @@ class KVCacheConfig(BaseSettings):
     """Tokens per page."""
 
     dtype: Annotated[
-        str | None, BeforeValidator(_dtype), Allowed(f"one of {', '.join(DTYPE_BYTES)}, or None for the model's")
+        str | None,
+        BeforeValidator(_dtype),
+        Allowed(f"one of {', '.join(DTYPE_BYTES)}, or None for the model's"),
     ] = None
     """Storage dtype of full-precision pages, as a name or a torch dtype. None: the model's own."""
 
@@ -251,7 +253,9 @@ class KVCacheConfig(BaseSettings):
     def __repr_args__(self) -> list[tuple[str | None, Any]]:
         """The two fields that size the cache, and whatever differs from its default."""
         shown = ("max_tokens", "block_size")
-        values = {n: getattr(self, n) for n, f in type(self).model_fields.items() if n in shown or self._is_set(n)}
+        values = {
+            n: getattr(self, n) for n, f in type(self).model_fields.items() if n in shown or self._is_set(n)
+        }
         return [(n, v.value if isinstance(v, CacheStrategy) else v) for n, v in values.items()]
 
     __str__ = BaseSettings.__repr__
@@ -304,7 +308,9 @@ def _allowed(name: str) -> str:
     for item in field.metadata:
         if isinstance(item, Allowed):
             return str(item)
-    bounds = {bound: getattr(m, bound) for m in field.metadata for bound in ("gt", "ge", "le") if hasattr(m, bound)}
+    bounds = {
+        bound: getattr(m, bound) for m in field.metadata for bound in ("gt", "ge", "le") if hasattr(m, bound)
+    }
     if "ge" in bounds:
         return f"a whole number from {bounds['ge']} to {bounds['le']}"
     if "gt" in bounds:

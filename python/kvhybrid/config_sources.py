@@ -3,16 +3,23 @@
 Reads and merges; what a value may be is ``kvhybrid.config``'s to judge.
 """
 
-from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+)
 
 from kvhybrid.errors import ConfigError
 from kvhybrid.presets import SWITCHES, ConfigValues
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ENV_PREFIX", "PRESET_KEY", "EnvFileSource", "EnvironmentSource", "PresetSource"]
 

@@ -114,7 +114,9 @@ class KVLayout:
         """
         pages = max_tokens // self.block_size
         if pages < 1:
-            raise ConfigError(f"max_tokens={max_tokens}: holds no page of block_size={self.block_size} tokens")
+            raise ConfigError(
+                f"max_tokens={max_tokens}: holds no page of block_size={self.block_size} tokens"
+            )
         if max_memory_mb is not None:
             budget = int(max_memory_mb * 2**20)
             pages = min(pages, budget // self.bytes_per_page)

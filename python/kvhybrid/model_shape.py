@@ -61,7 +61,9 @@ def _read(config: Any, *names: str) -> Any:
         except RuntimeError:  # transformers 5 raises it for attributes that vary by layer
             value = [None]
         if isinstance(value, list | tuple):
-            raise UnsupportedError(f"{type(config).__name__}.{name} varies by layer: one layout cannot hold it")
+            raise UnsupportedError(
+                f"{type(config).__name__}.{name} varies by layer: one layout cannot hold it"
+            )
         if value is not None:
             return value
     return None
@@ -73,9 +75,7 @@ def _num_layers(config: Any, name: str) -> int:
         raise LayoutError(f"{name} has no num_hidden_layers")
     kinds = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     if foreign := sorted(kinds - ATTENTION_LAYERS):
-        raise UnsupportedError(
-            f"{name} has layers without a plain KV cache: {', '.join(foreign)}; only attention layers are cached"
-        )
+        raise UnsupportedError(f"{name} has layers without a plain KV cache: {', '.join(foreign)}")
     # Gemma 3n: the last layers read the K and V of earlier ones and keep none of their own.
     return int(num_layers) - int(_read(config, "num_kv_shared_layers") or 0)
 
@@ -100,5 +100,7 @@ def _head_dims(config: Any, name: str, num_heads: int) -> tuple[int, int]:
     if not hidden_size:
         raise LayoutError(f"{name} has neither head_dim nor hidden_size")
     if hidden_size % num_heads:
-        raise LayoutError(f"{name}: hidden_size={hidden_size} is no multiple of num_attention_heads={num_heads}")
+        raise LayoutError(
+            f"{name}: hidden_size={hidden_size} is no multiple of num_attention_heads={num_heads}"
+        )
     return hidden_size // num_heads, hidden_size // num_heads

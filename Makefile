@@ -1,0 +1,74 @@
+# The menu: `make help` prints it. CI runs these targets and nothing else.
+
+.DEFAULT_GOAL := help
+SHELL := bash
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The first of these that is at least 3.11; PYTHON=... names another.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+# uv installs torch by hard link; where it is missing the environment gets its own.
+UV = $(if $(shell uv --version 2>/dev/null),uv,$(BIN)/uv)
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
+CARGO := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo
+
+.PHONY: help env demo test test-rust test-python lint format bench build clean
+
+help: ## show this menu
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+env: $(VENV)/.built ## create .venv with everything in it, and build the extension
+	@true
+
+demo: env ## several sessions on the embedded model: time to first token with and without reuse
+	$(BIN)/kvhybrid demo
+
+test: test-rust test-python ## all tests
+
+test-rust: $(VENV)/.installed
+	$(CARGO) test --workspace --locked
+
+test-python: env
+	$(BIN)/python -m pytest
+
+lint: env ## formatting, lints, types, the extension's stub, the workflow files
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/python -m mypy.stubtest --mypy-config-file pyproject.toml kvhybrid._core
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	cargo fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+
+format: $(VENV)/.installed ## rewrite what lint would complain about
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+	cargo fmt --all
+
+bench: env ## every measurement of the README, in full; prints its table
+	$(BIN)/python benches/table.py
+
+build: $(VENV)/.installed ## the wheel, into dist/
+	$(BIN)/maturin build --release --out dist --interpreter $(BIN)/python
+
+clean: ## remove whatever these targets made
+	rm -rf $(VENV) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benches/.asv
+	find python tests benches scripts -name __pycache__ -prune -exec rm -rf {} +
+	rm -f python/kvhybrid/_core*.so python/kvhybrid/_core*.pyd
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	test "$(UV)" = uv || $(BIN)/python -m pip install --quiet uv
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.created pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra cli --group dev
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" VIRTUAL_ENV="$(CURDIR)/$(VENV)" maturin develop --uv --release
+	@touch $@
