@@ -1,0 +1,158 @@
+"""``KVCache``: one device tier, its pages and its books, behind one synchronous object.
+
+Deterministic and without waiting. Knows tensors and token ids; how a model attends is
+``kvhybrid.model``'s, and requests are ``kvhybrid.engine``'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import torch
+
+from kvhybrid._core import PagePool
+from kvhybrid.cache.pages import PageStorage
+from kvhybrid.config import KVCacheConfig
+from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
+from kvhybrid.layout import KVLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+
+
+class Session(Protocol):
+    """What the registry asks of a session: its pages come back when it is closed."""
+
+    def close(self) -> None:
+        """Give the pages back; the session's tokens are forgotten."""
+
+
+class KVCache:
+    """K and V of many texts in pages, shared by prefix, within a budget.
+
+    ``layout`` says how wide a token is; ``config`` how many there is room for. ``device`` is where the
+    pages lie. Raises ``ConfigError`` when the budget holds no page, ``LayoutError`` when ``config`` and
+    ``layout`` contradict each other.
+    """
+
+    def __init__(
+        self,
+        config: KVCacheConfig | None = None,
+        *,
+        layout: KVLayout,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config if config is not None else KVCacheConfig(block_size=layout.block_size)
+        if self.config.block_size != layout.block_size:
+            raise LayoutError(f"config.block_size={self.config.block_size}, the layout says {layout.block_size}")
+        if self.config.dtype is not None and self.config.dtype != layout.dtype:
+            raise LayoutError(f"config.dtype={self.config.dtype}, the layout says {layout.dtype}")
+        self.layout = layout
+        num_pages = layout.num_pages(self.config.max_tokens, self.config.max_memory_mb)
+        self.pool = PagePool(num_pages, layout.block_size)
+        self.storage = PageStorage(layout, num_pages, device)
+        self._lock = threading.Lock()
+        self._namespaces: dict[tuple[str, ...], int] = {}
+        self._sessions: dict[tuple[str, str], Any] = {}
+        self._make_session: Callable[[str, str], Session] | None = None
+        self._closed = False
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, config: KVCacheConfig | None = None) -> Self:
+        """Lay a cache out for ``model``, on its device, in its dtype unless ``config`` names another.
+
+        Raises ``LayoutError`` or ``UnsupportedError`` for a model whose layers keep no uniform K and V.
+        """
+        config = config if config is not None else KVCacheConfig()
+        weight = next(model.parameters())
+        dtype = config.dtype if config.dtype is not None else weight.dtype
+        layout = KVLayout.from_model_config(model.config, dtype=dtype, block_size=config.block_size)
+        return cls(config, layout=layout, device=weight.device)
+
+    def namespace(self, *parts: str) -> int:
+        """Return the number under which pages of ``parts`` (tenant, adapter ...) are kept apart.
+
+        Numbers are given out, not hashed: two namespaces never collide.
+        """
+        with self._lock:
+            return self._namespaces.setdefault(parts, len(self._namespaces))
+
+    def tenant_namespace(self, tenant: str) -> int:
+        """Return the namespace of a tenant: its own, or everybody's without ``tenant_isolation``."""
+        return self.namespace("tenant", tenant if self.config.tenant_isolation else "")
+
+    def session(self, session_id: str = "default", *, tenant: str = "default") -> Any:
+        """Return the ``transformers`` cache of that session, to pass as ``past_key_values``.
+
+        The same id gives the same object until it is dropped. A model must have been attached
+        (``kvhybrid.attach(model, cache)``); without one raises ``UnsupportedError``.
+        """
+        self._check_open()
+        if self._make_session is None:
+            raise UnsupportedError("no model is attached to this cache: call kvhybrid.attach(model, cache) first")
+        with self._lock:
+            key = (tenant, session_id)
+            if key not in self._sessions:
+                self._sessions[key] = self._make_session(session_id, tenant)
+            return self._sessions[key]
+
+    def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
+        """Forget a session; its full blocks stay cached until they are evicted. True if it was known."""
+        with self._lock:
+            session = self._sessions.pop((tenant, session_id), None)
+        if session is None:
+            return False
+        session.close()
+        return True
+
+    def on_session(self, make: Callable[[str, str], Session] | None) -> None:
+        """Set who makes sessions (``kvhybrid.attach`` does); None takes the maker and its sessions away."""
+        with self._lock:
+            self._make_session = make
+            sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
+            session.close()
+
+    def get_stats(self) -> dict[str, int | float]:
+        """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
+
+        ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the pages
+        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say.
+        """
+        counters = self.pool.statistics()
+        used = counters["num_pages"] - counters["free_pages"]
+        asked = counters["queried_tokens"]
+        page = self.layout.bytes_per_page
+        return {
+            "hit_rate": counters["cached_tokens"] / asked if asked else 0.0,
+            "memory_usage": used / counters["num_pages"],
+            "used_bytes": used * page,
+            "capacity_bytes": counters["num_pages"] * page,
+            "capacity_tokens": counters["num_pages"] * self.layout.block_size,
+            "sessions": len(self._sessions),
+            **counters,
+        }
+
+    def clear(self) -> int:
+        """Evict every page that nobody holds and return how many left."""
+        return self.pool.evict(self.pool.num_pages)
+
+    def close(self) -> None:
+        """Close every session and refuse new ones. Idempotent."""
+        self._closed = True
+        self.on_session(None)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the cache is closed")
+
+    def __repr__(self) -> str:
+        state = "closed, " if self._closed else ""
+        used = self.pool.num_pages - self.pool.num_free
+        return (
+            f"<KVCache {state}{used}/{self.pool.num_pages} pages of {self.layout.block_size}, "
+            f"{self.layout.dtype} on {self.storage.device}, {len(self._sessions)} sessions>"
+        )

@@ -1,0 +1,157 @@
+"""The pages of the device tier as torch tensors: where K and V of every cached token lie.
+
+Knows shapes and bytes. Refuses to know which tokens a page holds or who may read it: that is
+``kvhybrid._core``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvhybrid.errors import LayoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from kvhybrid.layout import KVLayout
+
+
+class PageStorage:
+    """K and V of ``num_pages`` pages, one tensor pair a layer.
+
+    ``keys[layer]`` is ``[num_pages, num_kv_heads, block_size, head_dim]``, ``values[layer]`` the same
+    with the value width, so that one page and head is one contiguous run and a run of pages is a view.
+    On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
+    """
+
+    def __init__(self, layout: KVLayout, num_pages: int, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.num_pages = num_pages
+        self.block_size = layout.block_size
+        self.device = torch.device(device)
+        self.dtype: torch.dtype = layout.torch_dtype
+        shape = (num_pages, layout.num_kv_heads, layout.block_size)
+        self.keys = [self._empty(*shape, layout.head_dim) for _ in range(layout.num_layers)]
+        self.values = [self._empty(*shape, layout.value_head_dim) for _ in range(layout.num_layers)]
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the pages own once all of them were touched."""
+        return self.num_pages * self.layout.bytes_per_page
+
+    def check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise ``LayoutError`` unless ``[batch, num_kv_heads, tokens, head_dim]`` fits this storage."""
+        layout = self.layout
+        if not 0 <= layer < layout.num_layers:
+            raise LayoutError(f"layer {layer} is outside the layout's {layout.num_layers} layers")
+        if key.dim() != 4 or value.dim() != 4:
+            raise LayoutError(f"K and V must have 4 dimensions, got {key.dim()} and {value.dim()}")
+        for name, tensor, width in (("K", key, layout.head_dim), ("V", value, layout.value_head_dim)):
+            if tensor.shape[1] != layout.num_kv_heads or tensor.shape[3] != width:
+                raise LayoutError(
+                    f"layer {layer}: {name} has {tensor.shape[1]} heads of {tensor.shape[3]}, "
+                    f"the layout says {layout.num_kv_heads} of {width}"
+                )
+        if key.shape[2] != value.shape[2]:
+            raise LayoutError(f"layer {layer}: K has {key.shape[2]} tokens, V has {value.shape[2]}")
+
+    def write_run(self, layer: int, table: PageTable, past: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write one row's new tokens behind its ``past`` tokens.
+
+        ``key``, ``value``: ``[num_kv_heads, tokens, width]``.
+        """
+        for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
+            self._write(pages, table.ids, past, new)
+
+    def _write(self, pages: torch.Tensor, table: torch.Tensor, past: int, new: torch.Tensor) -> None:
+        size = self.block_size
+        count = new.shape[1]
+        done = 0
+        index, offset = divmod(past, size)
+        if offset:
+            done = min(size - offset, count)
+            pages[int(table[index])][:, offset : offset + done] = new[:, :done]
+            index += 1
+        if whole := (count - done) // size:
+            blocks = new[:, done : done + whole * size]
+            blocks = blocks.unflatten(1, (whole, size)).transpose(0, 1)
+            pages.index_copy_(0, table[index : index + whole].to(pages.device), blocks.to(self.dtype))
+            done += whole * size
+            index += whole
+        if done < count:
+            pages[int(table[index])][:, : count - done] = new[:, done:]
+
+    def write_slots(self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write one token a row: ``pages`` and ``offsets`` int64 ``[rows]``, ``key`` ``[rows, heads, width]``."""
+        self.keys[layer][pages, :, offsets] = key.to(self.dtype)
+        self.values[layer][pages, :, offsets] = value.to(self.dtype)
+
+    def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Copy whole pages, ``(source, destination)``, in every layer."""
+        for source, destination in pairs:
+            for pages in (*self.keys, *self.values):
+                pages[destination].copy_(pages[source])
+
+    def gather(self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Copy a row's tokens ``[start, stop)`` into ``out``, a pair of ``[num_kv_heads, stop - start, width]``."""
+        size = self.block_size
+        low, high = -(-start // size), stop // size
+        for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):
+            for index, first, last in partial_blocks(start, stop, size):
+                lead = index * size + first - start
+                target[:, lead : lead + last - first] = pages[int(table.ids[index])][:, first:last]
+            if low >= high:
+                continue
+            blocks = target[:, low * size - start : high * size - start].unflatten(1, (high - low, size))
+            runs = table.runs(low, high)
+            if len(runs) > MAX_RUNS:
+                chosen = pages.index_select(0, table.ids[low:high].to(pages.device))
+                blocks.copy_(chosen.transpose(0, 1))
+                continue
+            done = 0
+            for page, count in runs:
+                blocks[:, done : done + count].copy_(pages[page : page + count].transpose(0, 1))
+                done += count
+
+
+# Past this many runs of pages one index_select costs less than a call a run.
+MAX_RUNS = 8
+
+
+class PageTable:
+    """One row's page ids for one step, and its runs of consecutive pages (each run is one view)."""
+
+    __slots__ = ("_runs", "ids")
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self.ids = ids
+        self._runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+
+    def runs(self, low: int, high: int) -> list[tuple[int, int]]:
+        """Return the runs of blocks ``[low, high)`` as ``(first page, pages)``; found once a step."""
+        known = self._runs.get((low, high))
+        if known is None:
+            ids = self.ids[low:high]
+            breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
+            edges = [0, *(at + 1 for at in breaks), len(ids)]
+            known = [(int(ids[a]), b - a) for a, b in itertools.pairwise(edges) if a < b]
+            self._runs[(low, high)] = known
+        return known
+
+
+def partial_blocks(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
+    """Return the partly covered blocks of ``[start, stop)`` as ``(block, first, last)`` offsets."""
+    if start >= stop:
+        return []
+    found = []
+    for index in dict.fromkeys((start // size, (stop - 1) // size)):
+        first, last = max(start - index * size, 0), min(stop - index * size, size)
+        if last - first < size:
+            found.append((index, first, last))
+    return found

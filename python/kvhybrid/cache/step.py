@@ -1,0 +1,134 @@
+"""One planned step of a batch: which tokens are new, and on which pages they and their past lie.
+
+The bridge between a native plan (ids) and the forward pass (tensors). Knows no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvhybrid.cache.pages import PageTable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from kvhybrid._core import Batch, Plan
+    from kvhybrid.cache.pages import PageStorage
+
+type Tokens = npt.NDArray[np.uint32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One row's part of a step: ``count`` new tokens behind ``past``, at ``(row, column)`` of the input."""
+
+    row: int
+    column: int
+    count: int
+    past: int
+    table: PageTable
+
+    @property
+    def total(self) -> int:
+        """Tokens of the row once this step is computed."""
+        return self.past + self.count
+
+
+class Step:
+    """A filled plan. ``commit`` after the forward pass, or ``abandon``; dropping it abandons it."""
+
+    def __init__(self, storage: PageStorage, plan: Plan, spans: tuple[Span, ...], slots: torch.Tensor) -> None:
+        self.storage = storage
+        self.spans = spans
+        self._plan = plan
+        self._slots = slots
+
+    @classmethod
+    def plan(
+        cls,
+        storage: PageStorage,
+        batch: Batch,
+        counts: npt.NDArray[np.int32] | None = None,
+        *,
+        tokens: Tokens | None = None,
+        places: Sequence[tuple[int, int]] | None = None,
+    ) -> Step:
+        """Plan the next step of every row of ``batch``, and copy what must be copied before writing.
+
+        ``counts``: pending tokens to compute a row (``None``: all), ``tokens``: one token a row to append
+        first. ``places``: where each row's new tokens lie in the model input, ``(row, first column)``;
+        ``None`` lays them one behind the other in row 0.
+
+        Raises ``CapacityError`` when the pool has no room; nothing has changed then.
+        """
+        plan = batch.plan(counts, tokens=tokens)
+        rows = len(batch)
+        tables = np.empty((rows, max(plan.max_pages, 1)), np.int32)
+        slots = np.empty(plan.num_tokens, np.int32)
+        lengths = np.empty((rows, 2), np.int32)
+        plan.fill(tables, slots, lengths)
+        storage.copy_pages(plan.copies)
+        ids = torch.from_numpy(tables).long()
+        spans, column = [], 0
+        for row, (past, count) in enumerate(lengths.tolist()):
+            if count == 0:
+                continue
+            place = (0, column) if places is None else places[row]
+            pages = -(-(past + count) // storage.block_size)
+            spans.append(Span(*place, count, past, PageTable(ids[row, :pages])))
+            column += count
+        return cls(storage, plan, tuple(spans), torch.from_numpy(slots).long())
+
+    def rows(self) -> list[Step]:
+        """Return the step row by row, each as if alone in the input; only the whole can be committed."""
+        alone, done = [], 0
+        for span in self.spans:
+            slots = self._slots[done : done + span.count]
+            alone.append(Step(self.storage, self._plan, (replace(span, row=0, column=0),), slots))
+            done += span.count
+        return alone
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens of all rows."""
+        return len(self._slots)
+
+    @cached_property
+    def _one_each(self) -> tuple[torch.Tensor, ...] | None:
+        """Index tensors for a step of one token a row, or None: written with one indexed copy a layer."""
+        if len(self.spans) < 2 or any(span.count != 1 for span in self.spans):
+            return None
+        device, size = self.storage.device, self.storage.block_size
+        rows = torch.tensor([span.row for span in self.spans])
+        columns = torch.tensor([span.column for span in self.spans])
+        return tuple(t.to(device) for t in (rows, columns, self._slots // size, self._slots % size))
+
+    def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.
+
+        Columns that belong to no row (padding) are left out. Raises ``LayoutError`` before anything is
+        written when the shapes are not the layout's.
+        """
+        self.storage.check(layer, key, value)
+        if self._one_each is not None:
+            rows, columns, pages, offsets = self._one_each
+            self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])
+            return
+        for span in self.spans:
+            new = slice(span.column, span.column + span.count)
+            self.storage.write_run(layer, span.table, span.past, key[span.row, :, new], value[span.row, :, new])
+
+    def commit(self) -> None:
+        """Make the step true: its full blocks are sealed and found by whoever comes next."""
+        self._plan.commit()
+
+    def abandon(self) -> None:
+        """Give the step's pages back."""
+        self._plan.abandon()

@@ -1,0 +1,60 @@
+"""Reading a padded batch: which tokens of ``input_ids`` are text, and what is refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
+
+type Ids = npt.NDArray[np.int64]
+
+
+def read_ids(input_ids: torch.Tensor, vocab_size: int) -> Ids:
+    """Return ``[batch, tokens]`` ids on the CPU; raises ``InvalidRequestError`` when one is out of range."""
+    if input_ids.dim() != 2:
+        raise InvalidRequestError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
+    ids: Ids = input_ids.detach().cpu().numpy().astype(np.int64, copy=False)
+    if ids.size == 0:
+        raise InvalidRequestError(f"the prompt is empty: input_ids is {list(input_ids.shape)}")
+    check_ids(ids, vocab_size)
+    return ids
+
+
+def check_ids(ids: npt.NDArray[np.integer], vocab_size: int) -> None:
+    """Raise ``InvalidRequestError`` unless every id is in ``[0, vocab_size)``."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab_size:
+        wrong = low if low < 0 else high
+        raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {vocab_size})")
+
+
+def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[int]:
+    """Return how many columns of left padding each row has.
+
+    ``mask``: ``[batch, columns]`` of 0 and 1, or None for no padding. Raises ``UnsupportedError`` for
+    masks that hide anything but a row's beginning, ``InvalidRequestError`` for a row of padding alone.
+    """
+    if mask is None:
+        return [0] * batch
+    if mask.dim() != 2:
+        raise UnsupportedError(f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only")
+    if mask.shape[0] != batch or mask.shape[1] != columns:
+        raise InvalidRequestError(f"attention_mask is {list(mask.shape)}, expected [{batch}, {columns}]")
+    seen = mask.detach().cpu().numpy().astype(bool)
+    if seen.all():
+        return [0] * batch
+    pads = seen.argmax(axis=1)
+    for row, pad in enumerate(pads.tolist()):
+        if not seen[row].any():
+            raise InvalidRequestError(f"row {row} is empty: attention_mask hides all of its {columns} tokens")
+        if not seen[row, pad:].all():
+            raise UnsupportedError(
+                f"row {row}: attention_mask hides tokens after position {pad}; a session takes left padding only"
+            )
+    return [int(pad) for pad in pads]

@@ -1,0 +1,146 @@
+"""The two ways in which cached K and V reach a model's attention.
+
+*Paged*: the model gets its own new K and V back, marked, and our attention function reads the pages.
+*Materialised*: the model gets contiguous tensors and attends as it always does; any model can.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from kvhybrid.model.interface import PageHandle, running_paged
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.cache.step import Step
+    from kvhybrid.model.attention import PagedAttention
+
+
+class Route(StrEnum):
+    """How a model reads cached K and V; the probe at attach time chooses."""
+
+    PAGED = "paged"
+    MATERIALISED = "materialised"
+
+
+class Reader(Protocol):
+    """How one session hands its K and V to the model."""
+
+    def start(self, step: Step, columns: int) -> None:
+        """A forward pass over ``step``, behind ``columns`` held columns, begins in this thread."""
+
+    def end(self) -> None:
+        """That forward pass is over, one way or the other."""
+
+    def read(
+        self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what the layer's attention gets in place of ``key`` and ``value``, both written before."""
+
+    def reorder(self, rows: list[int]) -> None:
+        """Keep what is held of these rows, in this order."""
+
+    def forget(self, columns: int) -> None:
+        """Drop what is held of columns from ``columns`` on."""
+
+
+class PagedReader:
+    """The paged route: holds nothing, the pages are read where they lie."""
+
+    def __init__(self, attention: PagedAttention) -> None:
+        self._attention = attention
+
+    def start(self, step: Step, columns: int) -> None:
+        """From here on this thread's masks are left to us."""
+        running_paged(True)
+
+    def end(self) -> None:
+        """Masks are the model's own again."""
+        running_paged(False)
+
+    def read(
+        self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ``key`` marked with where its past lies, and ``value``."""
+        return PageHandle.mark(key, self._attention, step, layer), value
+
+    def reorder(self, rows: list[int]) -> None:
+        """Nothing is held."""
+
+    def forget(self, columns: int) -> None:
+        """Nothing is held."""
+
+
+class MaterialisedReader:
+    """The materialised route: a contiguous mirror of the pages a layer, extended and never rebuilt.
+
+    A mirror is ``[batch, num_kv_heads, room, width]`` with ``room`` growing by doubling, so that a step
+    costs what its new tokens cost.
+    """
+
+    def __init__(self, storage: PageStorage) -> None:
+        self._storage = storage
+        self._mirrors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._filled: dict[int, int] = {}
+        self._columns = 0
+
+    def start(self, step: Step, columns: int) -> None:
+        """Remember how many columns lie before the step's own."""
+        self._columns = columns
+
+    def end(self) -> None:
+        """Nothing to undo."""
+
+    def read(
+        self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the layer's whole K and V, ``[batch, num_kv_heads, columns, width]``, padding included."""
+        past, total = self._columns, self._columns + key.shape[2]
+        keys, values = self._grown(layer, total, key, value)
+        filled = self._filled.get(layer, 0)
+        if filled < past:
+            for span in step.spans:
+                pad = past + span.column - span.past
+                start = max(filled - pad, 0)
+                held = slice(pad + start, pad + span.past)
+                self._storage.gather(
+                    layer, span.table, start, span.past, (keys[span.row, :, held], values[span.row, :, held])
+                )
+        keys[:, :, past:total], values[:, :, past:total] = key, value
+        self._filled[layer] = total
+        return keys[:, :, :total], values[:, :, :total]
+
+    def _grown(
+        self, layer: int, total: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        known = self._mirrors.get(layer)
+        if known is not None and known[0].shape[2] >= total:
+            return known
+        held = self._filled.get(layer, 0)
+        room = max(total + self._storage.block_size, 2 * known[0].shape[2] if known is not None else 0)
+        grown = []
+        for index, new in enumerate((key, value)):
+            batch, heads, _, width = new.shape
+            # Zeros, because padding is multiplied by a weight of zero, and NaN times zero is NaN.
+            mirror = new.new_zeros((batch, heads, room, width))
+            if known is not None:
+                mirror[:, :, :held] = known[index][:, :, :held]
+            grown.append(mirror)
+        self._mirrors[layer] = (grown[0], grown[1])
+        return grown[0], grown[1]
+
+    def reorder(self, rows: list[int]) -> None:
+        """Keep these rows of every mirror, in this order."""
+        for layer, (keys, values) in self._mirrors.items():
+            self._mirrors[layer] = keys[rows], values[rows]
+
+    def forget(self, columns: int) -> None:
+        """Drop what is held from ``columns`` on; with 0 the mirrors themselves."""
+        if columns == 0:
+            self._mirrors.clear()
+            self._filled.clear()
+        for layer, filled in self._filled.items():
+            self._filled[layer] = min(filled, columns)

@@ -1,0 +1,141 @@
+"""``Runner``: one planned step through the model, logits out. One a lane, used by one thread at a time.
+
+*Ragged*: the new tokens of all rows lie one behind the other in a single row of input, positions given,
+and attention tells them apart by the step's spans: no padding is ever computed. *Rowwise*: a forward
+pass a row over contiguous tensors, for models whose attention does not read pages.
+"""
+
+from __future__ import annotations
+
+import inspect
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.interface import IMPLEMENTATION, register
+from kvhybrid.model.routes import MaterialisedReader, PagedReader
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel
+
+    from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.cache.step import Step
+    from kvhybrid.model.routes import Reader
+
+
+class Packing(StrEnum):
+    """How the rows of a step are laid out for the model."""
+
+    RAGGED = "ragged"
+    ROWWISE = "rowwise"
+
+
+class Runner:
+    """Runs steps over ``storage`` through ``model``, which must not be trained meanwhile."""
+
+    def __init__(self, model: PreTrainedModel, storage: PageStorage, packing: Packing) -> None:
+        self.model = model
+        self.packing = packing
+        self._storage = storage
+        self._paged = PagedReader(PagedAttention(storage))
+        self._mirrors: dict[int, MaterialisedReader] = {}
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._implementation: str = model.config._attn_implementation
+        if packing is Packing.RAGGED and self._implementation != IMPLEMENTATION:
+            register()
+            model.set_attn_implementation(IMPLEMENTATION)
+
+    @torch.inference_mode()
+    def run(self, step: Step, tokens: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
+        """Compute the step's ``tokens`` (int64 ``[step.num_tokens]``, rows one behind the other).
+
+        ``keys`` names each row's text over the steps, for ``forget``. Writes K and V into the pages and
+        returns the logits behind each row's last token, float32 ``[rows, vocab]``. Commits nothing.
+        """
+        tokens = tokens.to(self._storage.device)
+        if self.packing is Packing.RAGGED:
+            return self._forward(step, tokens, self._paged, 0)
+        logits, done = [], 0
+        for row, key in zip(step.rows(), keys, strict=True):
+            reader = self._mirrors.setdefault(key, MaterialisedReader(self._storage))
+            stop = done + row.num_tokens
+            logits.append(self._forward(row, tokens[done:stop], reader, row.spans[0].past))
+            done = stop
+        return torch.cat(logits)
+
+    def _forward(self, step: Step, tokens: torch.Tensor, reader: Reader, columns: int) -> torch.Tensor:
+        positions = torch.cat([torch.arange(span.past, span.total) for span in step.spans])
+        last = torch.tensor([span.count for span in step.spans]).cumsum(0) - 1
+        cut: dict[str, Any] = {"logits_to_keep": last.to(tokens.device)} if self._keeps_logits else {}
+        reader.start(step, columns)
+        try:
+            output = self.model(
+                input_ids=tokens[None],
+                position_ids=positions[None].to(tokens.device),
+                past_key_values=StepCache(step, reader, columns),
+                use_cache=True,
+                **cut,
+            )
+        finally:
+            reader.end()
+        logits: torch.Tensor = output.logits[0]
+        if not self._keeps_logits:
+            logits = logits[last.to(logits.device)]
+        return logits.float()
+
+    def forget(self, key: int) -> None:
+        """Drop what is kept beside the pages of that text."""
+        self._mirrors.pop(key, None)
+
+    def close(self) -> None:
+        """Give the model back as it was."""
+        self._mirrors.clear()
+        if self.packing is Packing.RAGGED and self.model.config._attn_implementation != self._implementation:
+            self.model.set_attn_implementation(self._implementation)
+
+
+class StepCache(Cache):
+    """One step's view of the pages as ``past_key_values``: written layer by layer, read through a route."""
+
+    def __init__(self, step: Step, reader: Reader, columns: int) -> None:
+        super().__init__(layers=[])
+        self._step, self._reader, self._columns = step, reader, columns
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new K and V; return what the layer's attention is to read."""
+        self._step.write(layer_idx, key_states, value_states)
+        return self._reader.read(self._step, layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns before the input's: none when rows are packed."""
+        return self._columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the input's first column."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
+        """Return ``(columns after this forward pass, 0)``."""
+        width = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self._columns + width, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: no bound but the cache's budget."""
+        return -1
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: pages have no static address."""
+        return False
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """All False: every layer keeps every token, windows are the mask's."""
+        return [False] * self._step.storage.layout.num_layers

@@ -1,0 +1,165 @@
+"""``PagedSession``: a ``transformers`` cache whose K and V live in shared pages.
+
+The model calls ``update`` layer by layer and knows nothing of pages. What it cannot know, which
+tokens these K and V belong to, the hooks of ``kvhybrid.model.attach`` tell ``rows`` before each
+forward pass and after it, so that every reuse is checked token by token.
+
+Only public methods of ``Cache`` are overridden; its layer classes, which change with every second
+release, are not used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers.cache_utils import Cache
+
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvhybrid.model.session_rows import SessionRows
+
+
+class PagedSession(Cache):
+    """One conversation, or one batch of them, as ``past_key_values``.
+
+    Made by ``KVCache.session``. Continues with whatever prompt it is given: what that prompt shares
+    with what is cached is reused, what differs is computed, and nothing else is ever attended to.
+    """
+
+    def __init__(self, rows: SessionRows) -> None:
+        layers = [LayerView(self, index) for index in range(rows.cache.layout.num_layers)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]  # views, not layer objects
+        self.rows = rows
+
+    def close(self) -> None:
+        """Release the pages for good. Idempotent."""
+        self.rows.close()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new K and V; return what the layer's attention is to read."""
+        step = self.rows.step
+        if step is None:
+            raise UnsupportedError(
+                "this session was passed to a model that it is not attached to: call kvhybrid.attach(model, cache), "
+                "and pass the session to that model itself, not to a part of it"
+            )
+        step.write(layer_idx, key_states, value_states)
+        return self.rows.reader.read(step, layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the columns held, padding included."""
+        return self.rows.columns
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return the column of the next token."""
+        return self.rows.columns
+
+    def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
+        """Return ``(columns after this forward pass, 0)``. Up to transformers 5.3 the argument is a tensor
+        of positions."""
+        width = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self.rows.columns + width, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Return -1: no bound but the cache's budget."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """Return -1; the name that transformers used up to 5.18."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Remove the last ``-max_length`` columns, or, given a positive number, keep that many."""
+        columns = self.rows.columns + max_length if max_length <= 0 else min(max_length, self.rows.columns)
+        if columns < 0:
+            raise InvalidRequestError(f"crop({max_length}) of a session of {self.rows.columns} columns")
+        self.rows.crop(columns)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Keep the rows ``beam_idx``, in that order; a row taken twice is forked, not copied."""
+        self.rows.select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        self.rows.select(chosen.tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Fork every row ``repeats - 1`` times, forks beside their row."""
+        self.rows.repeat(repeats)
+
+    def reset(self) -> None:
+        """Forget the text; the session can be used again."""
+        self.rows.reset()
+
+    def activate_past_recording(self) -> None:
+        """Do nothing: the past can always be cropped."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch, 0 before the first prompt."""
+        return self.rows.num_rows
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first prompt."""
+        return self.num_rows or -1
+
+    @property
+    def cached_tokens(self) -> list[int]:
+        """Tokens of each row that were found in the cache when its prompt was prepared."""
+        return list(self.rows.cached)
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: pages have no static address."""
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        """True once anything is held."""
+        return self.rows.columns > 0
+
+    @property
+    def is_croppable(self) -> bool:
+        """True: any position can be cropped to."""
+        return True
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        """All False: every layer keeps every token, windows are the mask's."""
+        return [False] * len(self.layers)
+
+    def __repr__(self) -> str:
+        return f"<PagedSession {self.rows.name!r}: {self.num_rows} rows of {self.rows.columns} columns>"
+
+
+class LayerView:
+    """What code that reads ``cache.layers[i].keys`` sees: copies, made when asked for."""
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, session: PagedSession, index: int) -> None:
+        self._session, self._index = session, index
+
+    @property
+    def keys(self) -> torch.Tensor:
+        """K of this layer, ``[batch, num_kv_heads, columns, head_dim]``."""
+        return self._session.rows.materialise(self._index)[0]
+
+    @property
+    def values(self) -> torch.Tensor:
+        """V of this layer, ``[batch, num_kv_heads, columns, value_head_dim]``."""
+        return self._session.rows.materialise(self._index)[1]
+
+    def get_seq_length(self) -> int:
+        """Return the columns held."""
+        return self._session.get_seq_length()
