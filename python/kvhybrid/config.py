@@ -207,7 +207,7 @@ class KVCacheConfig(BaseSettings):
         """
         if name not in PRESETS:
             raise ConfigError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
-        return cls(**overrides, **{PRESET_KEY: name})  # type: ignore[typeddict-item]  # not a field
+        return cls(**overrides, **{PRESET_KEY: name})
 
     @classmethod
     def settings_customise_sources(

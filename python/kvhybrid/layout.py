@@ -117,12 +117,12 @@ class KVLayout:
             raise ConfigError(
                 f"max_tokens={max_tokens}: holds no page of block_size={self.block_size} tokens"
             )
-        if max_memory_mb is not None:
-            budget = int(max_memory_mb * 2**20)
-            pages = min(pages, budget // self.bytes_per_page)
-        if pages < 1:
+        if max_memory_mb is None:
+            return pages
+        budget = int(max_memory_mb * 2**20)
+        if budget < self.bytes_per_page:
             raise ConfigError(
                 f"max_memory_mb={max_memory_mb}: {budget} bytes hold no page of {self.bytes_per_page} bytes"
                 f" ({self.block_size} tokens of {self.bytes_per_token} bytes)"
             )
-        return pages
+        return min(pages, budget // self.bytes_per_page)

@@ -34,7 +34,7 @@ class ConfigValues(TypedDict, total=False):
     max_memory_mb: float | None
     cache_strategy: "CacheStrategy | Literal['lru', 'paged', 'adaptive']"
     block_size: int
-    dtype: "torch.dtype | Literal['float16', 'bfloat16', 'float32'] | None"
+    dtype: "torch.dtype | str | None"
     use_compression: bool
     compression_ratio: float
     use_quantization: bool
