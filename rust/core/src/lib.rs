@@ -1,0 +1,27 @@
+//! The core of one tier: page pool, prefix tree, block tables and eviction order.
+//!
+//! It knows token ids, page ids and order. It has never heard of tensors, models, Python or event
+//! loops: what a page holds is the caller's, and so is every copy. All of it is plain data behind
+//! `&mut`; whoever shares a [`Pool`] brings the lock.
+//!
+//! A step is a [`Plan`]: [`Pool::plan`] decides, [`Pool::fill`] writes the decision out and makes it
+//! final for the victims, [`Pool::commit`] makes it true, [`Pool::abandon`] takes it back.
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod ids;
+mod pages;
+mod plan;
+mod policy;
+mod pool;
+mod sequence;
+mod stats;
+mod tree;
+
+pub use error::{Error, Result};
+pub use ids::{Namespace, PageId, SequenceId};
+pub use plan::Plan;
+pub use pool::{OpenOptions, Pool, check_tokens};
+pub use stats::Statistics;
+pub use tree::common_prefix;

@@ -1,0 +1,78 @@
+//! A plan: pages reserved for one step of some sequences, and what it takes to undo that.
+
+use crate::ids::{PageId, SequenceId};
+use crate::tree::Victim;
+
+/// One sequence of a plan.
+pub(crate) struct Row {
+    pub sequence: SequenceId,
+    /// Tokens computed before the step.
+    pub length: u32,
+    /// Tokens of the step; 0 leaves the sequence alone.
+    pub count: u32,
+    /// Pages of the sequence before the plan.
+    pub pages: u32,
+}
+
+/// Pages reserved for one step. Give it to `Pool::commit` or `Pool::abandon`: dropping it leaks its
+/// pages, for it does not know the pool.
+#[must_use]
+#[derive(Default)]
+pub struct Plan {
+    pub(crate) rows: Vec<Row>,
+    /// Reserved pages in row order: first `num_taken` that were free, then the victims'.
+    pub(crate) reserved: Vec<PageId>,
+    pub(crate) num_taken: usize,
+    pub(crate) victims: Vec<Victim>,
+    pub(crate) copies: Vec<(PageId, PageId)>,
+    /// One token was appended to each row.
+    pub(crate) appended: bool,
+    pub(crate) num_tokens: usize,
+    pub(crate) num_evicted: usize,
+    pub(crate) max_pages: usize,
+}
+
+impl Plan {
+    /// Rows, those of zero tokens included.
+    pub fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// Tokens of the step, all rows together.
+    pub fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    /// Pages taken from the tree.
+    pub fn num_evicted(&self) -> usize {
+        self.num_evicted
+    }
+
+    /// Longest block table of the rows that take part.
+    pub fn max_pages(&self) -> usize {
+        self.max_pages
+    }
+
+    /// Pages to copy before anything is written: source, then destination.
+    pub fn copies(&self) -> &[(PageId, PageId)] {
+        &self.copies
+    }
+
+    /// True when the row's sequence is in the plan: it computes something, or was appended to.
+    pub(crate) fn touches(&self, row: &Row) -> bool {
+        row.count > 0 || self.appended
+    }
+
+    /// Empty it for another step, keeping its vectors.
+    pub(crate) fn reset(&mut self) {
+        self.rows.clear();
+        self.reserved.clear();
+        self.victims.clear();
+        self.copies.clear();
+        self.num_taken = 0;
+        self.appended = false;
+        self.num_tokens = 0;
+        self.num_evicted = 0;
+        self.max_pages = 0;
+    }
+}

@@ -1,0 +1,60 @@
+//! The invariants of the pool, verified against everything that holds a page.
+
+use super::Pool;
+use crate::error::{Error, Result};
+use crate::ids::PageId;
+
+impl Pool {
+    /// Verify every invariant and name the one that broke. Costs the pool: for tests.
+    pub fn check(&self) -> Result<()> {
+        let broken = |what: String| Err(Error::Broken(what));
+        let in_tree = self.tree.check(self.sequences.iter().map(|sequence| sequence.anchor))?;
+        let mut held: Vec<Option<u32>> = vec![Some(0); self.pages.total()];
+        for page in in_tree {
+            if held[page.index()].take().is_none() {
+                return broken(format!("page {} stands twice in the tree", page.0));
+            }
+        }
+        for sequence in self.sequences.iter() {
+            let sealed = (sequence.sealed >> self.shift) as usize;
+            let mut path = vec![PageId(0); sealed];
+            self.tree.copy_pages(sequence.anchor, &mut path);
+            if sequence.table[..sealed] != path {
+                return broken(format!("a table holds {:?}, its path {path:?}", &sequence.table[..sealed]));
+            }
+            let pages = (sequence.length as usize).div_ceil(1 << self.shift);
+            if !sequence.planned && (pages != sequence.table.len() || sequence.replaced.is_some()) {
+                return broken(format!("{} pages for {} tokens", sequence.table.len(), sequence.length));
+            }
+            if sequence.length > sequence.known() || sequence.sealed > sequence.length {
+                return broken(format!("{} sealed of {} tokens", sequence.sealed, sequence.length));
+            }
+            for page in sequence.table[sealed..].iter().chain(&sequence.replaced) {
+                if let Some(count) = &mut held[page.index()] {
+                    *count += 1;
+                }
+            }
+        }
+        for (page, expected) in (0..).map(PageId).zip(&held) {
+            let holders = self.pages.holders(page);
+            if holders != *expected {
+                return broken(format!("page {} has {holders:?} holders for {expected:?}", page.0));
+            }
+        }
+        let shared = held.iter().flatten().filter(|count| **count > 1).count();
+        if shared != self.pages.num_shared() {
+            return broken(format!("{} private pages counted as shared of {shared}", self.pages.num_shared()));
+        }
+        let mut free: Vec<PageId> = self.pages.free_pages().to_vec();
+        free.sort_unstable();
+        free.dedup();
+        let unheld = held.iter().filter(|count| **count == Some(0)).count();
+        if free.len() != self.pages.num_free() || unheld != free.len() {
+            return broken(format!("{} pages on the free list of {unheld}", self.pages.num_free()));
+        }
+        if free.iter().any(|page| held[page.index()] != Some(0)) {
+            return broken("a page on the free list is in use".into());
+        }
+        Ok(())
+    }
+}

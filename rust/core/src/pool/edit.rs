@@ -1,0 +1,70 @@
+//! Changing a sequence between steps: append, fork, truncate.
+
+use super::{Pool, check_tokens};
+use crate::error::{Error, Result};
+use crate::ids::SequenceId;
+use crate::sequence::Sequence;
+
+impl Pool {
+    /// Add tokens that wait to be computed.
+    pub fn append(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
+        let known = self.sequences.at_rest(id)?.known();
+        self.check_length(known, tokens.len())?;
+        check_tokens(tokens, 0)?;
+        self.sequences.at_rest(id)?.tail.extend_from_slice(tokens);
+        Ok(())
+    }
+
+    /// Open a second sequence over the same pages.
+    ///
+    /// The path is pinned once more; private pages get a second holder, and whoever writes into a
+    /// partly filled one first copies it.
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
+        let Sequence { ref table, ref tail, anchor, sealed, length, share, .. } = *self.sequences.at_rest(id)?;
+        let (table, tail) = (table.clone(), tail.clone());
+        for page in &table[(sealed >> self.shift) as usize..] {
+            if !self.pages.is_in_tree(*page) {
+                self.pages.hold(*page);
+            }
+        }
+        self.tree.pin_path(anchor);
+        let (id, fork) = self.sequences.insert();
+        *fork = Sequence { table, tail, anchor, sealed, length, share, ..Sequence::default() };
+        Ok(id)
+    }
+
+    /// Drop every token from position `length` on, pending ones included.
+    ///
+    /// Where that ends inside a sealed page the page becomes a borrowed one, as after a match.
+    pub fn truncate(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        let sequence = self.sequences.at_rest(id)?;
+        if length > sequence.known() as usize {
+            return Err(Error::Argument(format!(
+                "cannot truncate to {length}: the sequence has {} tokens",
+                sequence.known()
+            )));
+        }
+        let length = length as u32;
+        if length >= sequence.sealed {
+            sequence.tail.truncate((length - sequence.sealed) as usize);
+        } else {
+            let sealed = length >> self.shift << self.shift;
+            sequence.tail.clear();
+            self.tree.copy_tokens(sequence.anchor, sealed, length, &mut sequence.tail);
+        }
+        let was_sealed = (sequence.sealed >> self.shift) as usize;
+        sequence.sealed = sequence.sealed.min(length >> self.shift << self.shift);
+        sequence.length = sequence.length.min(length);
+        let kept = (sequence.length as usize).div_ceil(1 << self.shift);
+        for page in sequence.table[kept.max(was_sealed).min(sequence.table.len())..].iter().rev() {
+            self.pages.release(*page);
+        }
+        sequence.table.truncate(kept);
+        let pinned = match sequence.table.get((sequence.sealed >> self.shift) as usize) {
+            Some(page) if self.pages.is_in_tree(*page) => sequence.sealed + (1 << self.shift),
+            _ => sequence.sealed,
+        };
+        sequence.anchor = self.tree.lift(sequence.anchor, pinned);
+        Ok(())
+    }
+}

@@ -1,0 +1,173 @@
+//! The pool: pages, tree and sequences together, and the calls that move tokens through them.
+
+mod check;
+mod edit;
+mod open;
+mod step;
+
+pub use open::OpenOptions;
+
+use crate::error::{Error, Result};
+use crate::ids::{Namespace, PageId, SequenceId};
+use crate::pages::Pages;
+use crate::plan::Plan;
+use crate::sequence::Sequences;
+use crate::stats::{Statistics, Totals};
+use crate::tree::{Tree, Victim};
+
+/// Tokens are below this: they cross the boundary as int32.
+const MAX_TOKEN: u32 = i32::MAX as u32;
+
+/// Pages of `block_size` tokens, the prefix tree over them, and who must leave first.
+pub struct Pool {
+    pages: Pages,
+    tree: Tree,
+    sequences: Sequences,
+    totals: Totals,
+    /// log2 of the block size.
+    shift: u32,
+    /// A finished plan, its vectors ready for the next.
+    spare: Option<Plan>,
+    duplicates: Vec<PageId>,
+}
+
+impl Pool {
+    /// Make a pool of empty pages. Slots (`page * block_size + offset`) must fit int32.
+    pub fn new(num_pages: usize, block_size: usize) -> Result<Self> {
+        if !block_size.is_power_of_two() {
+            return Err(Error::Argument(format!("block_size must be a power of two, not {block_size}")));
+        }
+        let slots = num_pages.checked_mul(block_size).filter(|slots| *slots <= 1 << 31);
+        if num_pages == 0 || slots.is_none() {
+            return Err(Error::Argument(format!(
+                "num_pages must lie in 1..={} for blocks of {block_size}, not {num_pages}",
+                (1u64 << 31) / block_size as u64
+            )));
+        }
+        Ok(Self {
+            pages: Pages::new(num_pages as u32),
+            tree: Tree::new(block_size as u32),
+            sequences: Sequences::default(),
+            totals: Totals::default(),
+            shift: block_size.trailing_zeros(),
+            spare: None,
+            duplicates: Vec::new(),
+        })
+    }
+
+    /// Pages of the pool.
+    pub fn num_pages(&self) -> usize {
+        self.pages.total()
+    }
+
+    /// Tokens a page.
+    pub fn block_size(&self) -> usize {
+        1 << self.shift
+    }
+
+    /// Pages that hold nothing.
+    pub fn num_free(&self) -> usize {
+        self.pages.num_free()
+    }
+
+    /// Pages of the tree that may leave.
+    pub fn num_evictable(&self) -> usize {
+        self.tree.num_evictable()
+    }
+
+    /// Return how many leading tokens are cached, to the token. Changes nothing.
+    pub fn matched(&self, namespace: Namespace, tokens: &[u32]) -> usize {
+        self.tree.find_root(namespace).map_or(0, |root| self.tree.walk(root, tokens).1 as usize)
+    }
+
+    /// Evict up to `count` cold pages and return how many left.
+    pub fn evict(&mut self, count: usize) -> usize {
+        let count = count.min(self.tree.num_evictable());
+        self.evict_by(|tree, pages, victims| tree.condemn(count, pages, victims))
+    }
+
+    /// Evict every unpinned page of a namespace and return how many left.
+    pub fn drop_namespace(&mut self, namespace: Namespace) -> usize {
+        let Some(root) = self.tree.find_root(namespace) else { return 0 };
+        self.evict_by(|tree, pages, victims| tree.condemn_below(root, pages, victims))
+    }
+
+    fn evict_by(&mut self, condemn: impl FnOnce(&mut Tree, &mut Vec<PageId>, &mut Vec<Victim>)) -> usize {
+        let mut plan = self.spare.take().unwrap_or_default();
+        condemn(&mut self.tree, &mut plan.reserved, &mut plan.victims);
+        self.tree.finish(&mut plan.victims);
+        self.pages.free(&plan.reserved);
+        let count = plan.reserved.len();
+        self.totals.evicted_pages += count as u64;
+        self.retire(plan);
+        count
+    }
+
+    /// Give back all that a sequence holds; one in an open plan leaves when that is finished.
+    pub fn close(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        if sequence.planned {
+            sequence.closing = true;
+            return;
+        }
+        let private = (sequence.sealed >> self.shift) as usize;
+        for page in sequence.table[private..].iter().rev() {
+            self.pages.release(*page);
+        }
+        self.tree.unpin_path(sequence.anchor);
+        self.sequences.remove(id);
+    }
+
+    /// True when the sequence can no longer be used.
+    pub fn is_closed(&self, id: SequenceId) -> bool {
+        self.sequences.get(id).is_err()
+    }
+
+    /// Counters, O(1).
+    pub fn statistics(&self) -> Statistics {
+        let (total, free) = (self.pages.total(), self.pages.num_free());
+        let (sealed, evictable) = (self.tree.num_sealed(), self.tree.num_evictable());
+        Statistics {
+            num_pages: total as u64,
+            free_pages: free as u64,
+            mutable_pages: (total - free - sealed) as u64,
+            sealed_pages: sealed as u64,
+            shared_pages: (self.tree.num_shared() + self.pages.num_shared()) as u64,
+            pinned_pages: (sealed - evictable) as u64,
+            evictable_pages: evictable as u64,
+            sequences: self.sequences.len() as u64,
+            nodes: self.tree.num_nodes() as u64,
+            opens: self.totals.opens,
+            queried_tokens: self.totals.queried_tokens,
+            cached_tokens: self.totals.cached_tokens,
+            evicted_pages: self.totals.evicted_pages,
+            sealed_total: self.totals.sealed_pages,
+            duplicate_pages: self.totals.duplicate_pages,
+            copied_pages: self.totals.copied_pages,
+            plans: self.totals.plans,
+            abandoned_plans: self.totals.abandoned_plans,
+        }
+    }
+
+    /// Bytes that the bookkeeping owns, token ids not counted. Walks the tree.
+    pub fn bytes(&self) -> usize {
+        self.pages.bytes() + self.tree.bytes() + self.sequences.bytes()
+    }
+
+    /// Keep a finished plan's vectors.
+    fn retire(&mut self, mut plan: Plan) {
+        plan.reset();
+        self.spare = Some(plan);
+    }
+}
+
+/// Refuse token ids that int32 cannot hold. `base` is where the slice stands in the argument.
+pub fn check_tokens(tokens: &[u32], base: usize) -> Result<()> {
+    if tokens.iter().fold(0, |bits, token| bits | token) <= MAX_TOKEN {
+        return Ok(());
+    }
+    match tokens.iter().position(|token| *token > MAX_TOKEN) {
+        Some(offset) => Err(Error::Token { index: base + offset, value: tokens[offset] }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,262 @@
+//! One step: plan, fill, then commit or abandon.
+
+use super::{Pool, check_tokens};
+use crate::error::{Error, Result, SequenceLabel};
+use crate::ids::SequenceId;
+use crate::plan::{Plan, Row};
+use crate::tree::Sealing;
+
+impl Pool {
+    /// Reserve pages for the next step of every row, all of them or none.
+    ///
+    /// `counts` says how many pending tokens of each row are computed (`None`: all); `tokens` appends
+    /// one to each row first. Victims are out of sight from now on and gone once the plan is filled.
+    pub fn plan(&mut self, rows: &[SequenceId], counts: Option<&[i32]>, tokens: Option<&[u32]>) -> Result<Plan> {
+        let mut plan = self.spare.take().unwrap_or_default();
+        match self.survey(&mut plan, rows, counts, tokens) {
+            Ok(needed) => {
+                self.reserve(&mut plan, needed, tokens);
+                self.totals.plans += 1;
+                Ok(plan)
+            }
+            Err(error) => {
+                for row in plan.rows.iter().filter(|row| plan.touches(row)) {
+                    if let Some(sequence) = self.sequences.find_mut(row.sequence) {
+                        sequence.planned = false;
+                    }
+                }
+                self.retire(plan);
+                Err(error)
+            }
+        }
+    }
+
+    /// Ask every row what it needs, and mark it as planned. Returns the pages needed.
+    fn survey(
+        &mut self,
+        plan: &mut Plan,
+        rows: &[SequenceId],
+        counts: Option<&[i32]>,
+        tokens: Option<&[u32]>,
+    ) -> Result<usize> {
+        for (name, length) in [("counts", counts.map(<[i32]>::len)), ("tokens", tokens.map(<[u32]>::len))] {
+            if let Some(length) = length.filter(|length| *length != rows.len()) {
+                return Err(Error::Argument(format!("{name} must hold one a row: {length} for {} rows", rows.len())));
+            }
+        }
+        check_tokens(tokens.unwrap_or(&[]), 0)?;
+        plan.appended = tokens.is_some();
+        let mut needed = 0;
+        for (index, id) in rows.iter().enumerate() {
+            let sequence = self.sequences.get_mut(*id).map_err(|_| Error::ClosedRow(index))?;
+            let pending = sequence.pending() + u32::from(plan.appended);
+            let count = match counts {
+                None => pending,
+                Some(counts) => {
+                    u32::try_from(counts[index]).ok().filter(|count| *count <= pending).ok_or_else(|| {
+                        Error::Argument(format!("row {index} has {pending} pending tokens, not {}", counts[index]))
+                    })?
+                }
+            };
+            let (length, pages) = (sequence.length, sequence.table.len() as u32);
+            let row = Row { sequence: *id, length, count, pages };
+            if plan.touches(&row) {
+                if sequence.planned {
+                    return Err(Error::Planned(SequenceLabel(*id)));
+                }
+                sequence.planned = true;
+            }
+            if count > 0 {
+                let end = ((length + count - 1) >> self.shift) + 1;
+                let partly = length & ((1 << self.shift) - 1) != 0;
+                let copies = partly && self.pages.must_copy(sequence.table[(length >> self.shift) as usize]);
+                needed += (end - pages) as usize + usize::from(copies);
+                plan.max_pages = plan.max_pages.max(end as usize);
+                plan.num_tokens += count as usize;
+            }
+            plan.rows.push(row);
+        }
+        let (free, evictable) = (self.pages.num_free(), self.tree.num_evictable());
+        if needed > free + evictable {
+            return Err(Error::Capacity { needed, free, evictable, total: self.pages.total() });
+        }
+        Ok(needed)
+    }
+
+    /// Take the pages, free ones first, and hand them out in row order.
+    fn reserve(&mut self, plan: &mut Plan, needed: usize, tokens: Option<&[u32]>) {
+        plan.num_taken = needed.min(self.pages.num_free());
+        self.pages.take(plan.num_taken, &mut plan.reserved);
+        if needed > plan.num_taken {
+            plan.num_evicted = needed - plan.num_taken;
+            self.tree.condemn(plan.num_evicted, &mut plan.reserved, &mut plan.victims);
+            self.pages.claim(&plan.reserved[plan.num_taken..]);
+        }
+        let mut next = 0;
+        for (index, row) in plan.rows.iter().enumerate() {
+            let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
+            if let Some(tokens) = tokens {
+                sequence.tail.push(tokens[index]);
+            }
+            if row.count == 0 {
+                continue;
+            }
+            let first = (row.length >> self.shift) as usize;
+            if row.length & ((1 << self.shift) - 1) != 0 && self.pages.must_copy(sequence.table[first]) {
+                let source = std::mem::replace(&mut sequence.table[first], plan.reserved[next]);
+                sequence.replaced = Some(source);
+                plan.copies.push((source, plan.reserved[next]));
+                next += 1;
+            }
+            let end = ((row.length + row.count - 1) >> self.shift) + 1;
+            let more = (end - row.pages) as usize;
+            sequence.table.extend_from_slice(&plan.reserved[next..next + more]);
+            next += more;
+        }
+    }
+
+    /// Write block tables (rows of `width`), slots and lengths. The victims are gone from here on.
+    ///
+    /// Entries past a row's table, and rows of zero tokens, are left alone in `tables`.
+    pub fn fill(
+        &mut self,
+        plan: &mut Plan,
+        tables: &mut [i32],
+        width: usize,
+        slots: &mut [i32],
+        lengths: &mut [i32],
+    ) -> Result<()> {
+        let rows = plan.rows.len();
+        for (name, has, needs) in [
+            ("tables rows", tables.len().checked_div(width).unwrap_or(rows), rows),
+            ("tables width", width, plan.max_pages),
+            ("slots", slots.len(), plan.num_tokens),
+            ("lengths", lengths.len(), 2 * rows),
+        ] {
+            if has < needs {
+                return Err(Error::Argument(format!("{name} must hold at least {needs}, not {has}")));
+            }
+        }
+        self.finish_victims(plan);
+        let mut slots = slots.iter_mut();
+        for (index, row) in plan.rows.iter().enumerate() {
+            lengths[2 * index] = row.length as i32;
+            lengths[2 * index + 1] = row.count as i32;
+            if row.count == 0 {
+                continue;
+            }
+            let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
+            let target = &mut tables[index * width..index * width + sequence.table.len()];
+            for (entry, page) in target.iter_mut().zip(&sequence.table) {
+                *entry = page.0 as i32;
+            }
+            let (mut position, end) = (row.length, row.length + row.count);
+            while position < end {
+                let first = sequence.table[(position >> self.shift) as usize].0 << self.shift;
+                let block_end = ((position >> self.shift) + 1) << self.shift;
+                let stop = block_end.min(end);
+                let offset = first + (position & ((1 << self.shift) - 1));
+                for (slot, value) in slots.by_ref().zip(offset..offset + (stop - position)) {
+                    *slot = value as i32;
+                }
+                position = stop;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish_victims(&mut self, plan: &mut Plan) {
+        if !plan.victims.is_empty() {
+            self.totals.evicted_pages += plan.num_evicted as u64;
+            self.tree.finish(&mut plan.victims);
+        }
+    }
+
+    /// Make the step true: lengths move on, full blocks are sealed.
+    pub fn commit(&mut self, mut plan: Plan) {
+        self.finish_victims(&mut plan);
+        for row in plan.rows.iter().filter(|row| plan.touches(row)) {
+            let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
+            sequence.planned = false;
+            sequence.length += row.count;
+            if let Some(source) = sequence.replaced.take() {
+                self.totals.copied_pages += 1;
+                self.pages.release(source);
+                sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
+            }
+            if sequence.share {
+                self.seal(row.sequence);
+            }
+            self.close_if_closing(row.sequence);
+        }
+        self.retire(plan);
+    }
+
+    fn seal(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        let first = (sequence.sealed >> self.shift) as usize;
+        let end = (sequence.length >> self.shift) as usize;
+        if first == end {
+            return;
+        }
+        let pages = &mut sequence.table[first..end];
+        for page in &*pages {
+            self.pages.seal(*page);
+        }
+        let sealed = self.tree.num_sealed();
+        sequence.anchor = self.tree.seal(Sealing {
+            anchor: sequence.anchor,
+            from: sequence.sealed,
+            tail: &mut sequence.tail,
+            pages,
+            duplicates: &mut self.duplicates,
+        });
+        sequence.sealed = (end as u32) << self.shift;
+        self.totals.sealed_pages += (self.tree.num_sealed() - sealed) as u64;
+        self.totals.duplicate_pages += self.duplicates.len() as u64;
+        self.pages.free(&self.duplicates);
+        self.duplicates.clear();
+    }
+
+    /// Undo the plan. Victims of a plan that was not filled stand where they stood.
+    pub fn abandon(&mut self, mut plan: Plan) {
+        self.totals.abandoned_plans += 1;
+        for row in plan.rows.iter().filter(|row| plan.touches(row)) {
+            let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
+            sequence.planned = false;
+            if plan.appended {
+                sequence.tail.pop();
+            }
+            sequence.table.truncate(row.pages as usize);
+            if let Some(source) = sequence.replaced.take() {
+                sequence.table[(row.length >> self.shift) as usize] = source;
+            }
+        }
+        let victims = plan.reserved.split_off(plan.num_taken);
+        if plan.victims.is_empty() {
+            self.pages.free(&victims);
+        } else {
+            for page in &victims {
+                self.pages.seal(*page);
+            }
+            self.tree.restore(&mut plan.victims, &victims, &mut self.duplicates);
+            self.pages.free(&self.duplicates);
+            self.duplicates.clear();
+        }
+        self.pages.free(&plan.reserved);
+        for row in &plan.rows {
+            self.close_if_closing(row.sequence);
+        }
+        self.retire(plan);
+    }
+
+    fn close_if_closing(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.find_mut(id)
+            && sequence.closing
+            && !sequence.planned
+        {
+            sequence.closing = false;
+            self.close(id);
+        }
+    }
+}

@@ -1,0 +1,72 @@
+//! Counters, kept as things happen, so that asking is free.
+
+/// What only ever grows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Totals {
+    pub opens: u64,
+    pub queried_tokens: u64,
+    pub cached_tokens: u64,
+    pub evicted_pages: u64,
+    pub sealed_pages: u64,
+    pub duplicate_pages: u64,
+    pub copied_pages: u64,
+    pub plans: u64,
+    pub abandoned_plans: u64,
+}
+
+macro_rules! statistics {
+    ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
+        /// The state of a pool in numbers. Pages are counted by what they are now; the totals
+        /// (from `opens` on) only grow.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+        pub struct Statistics {
+            $($(#[doc = $doc])+ pub $name: u64,)+
+        }
+
+        impl Statistics {
+            /// Names and values, in declaration order.
+            pub fn items(&self) -> impl Iterator<Item = (&'static str, u64)> + use<> {
+                [$((stringify!($name), self.$name),)+].into_iter()
+            }
+        }
+    };
+}
+
+statistics! {
+    /// Pages of the pool.
+    num_pages,
+    /// Pages that hold nothing.
+    free_pages,
+    /// Private pages, those reserved by open plans included.
+    mutable_pages,
+    /// Pages in the tree.
+    sealed_pages,
+    /// Pages that more than one sequence holds or pins.
+    shared_pages,
+    /// Pages in the tree that a sequence pins.
+    pinned_pages,
+    /// Pages in the tree that may leave.
+    evictable_pages,
+    /// Open sequences.
+    sequences,
+    /// Nodes of the tree, roots included.
+    nodes,
+    /// Sequences opened.
+    opens,
+    /// Tokens they were opened with.
+    queried_tokens,
+    /// Tokens of those that were found.
+    cached_tokens,
+    /// Pages evicted.
+    evicted_pages,
+    /// Pages that entered the tree.
+    sealed_total,
+    /// Pages freed at commit because an equal block had been sealed meanwhile.
+    duplicate_pages,
+    /// Pages copied before a write.
+    copied_pages,
+    /// Plans made.
+    plans,
+    /// Plans abandoned.
+    abandoned_plans,
+}

@@ -1,0 +1,89 @@
+//! Every promise of the tree, verified by walking it.
+
+use std::collections::HashMap;
+
+use super::Tree;
+use crate::error::{Error, Result};
+use crate::ids::{NodeId, PageId};
+
+macro_rules! hold {
+    ($condition:expr, $($message:tt)+) => {
+        if !$condition {
+            return Err(Error::Broken(format!($($message)+)));
+        }
+    };
+}
+
+impl Tree {
+    /// Verify the tree against the anchors of all sequences. Returns its pages.
+    pub(crate) fn check(&self, anchors: impl Iterator<Item = NodeId>) -> Result<Vec<PageId>> {
+        let mut pins: HashMap<NodeId, u32> = HashMap::new();
+        for anchor in anchors {
+            let mut node = anchor;
+            while node.is_some() {
+                *pins.entry(node).or_default() += 1;
+                node = self.at(node).parent;
+            }
+        }
+        let age = self.check_order()?;
+        let (mut pages, mut evictable, mut shared, mut linked) = (Vec::new(), 0, 0, 0);
+        for root in self.roots.iter() {
+            for node in self.preorder(root) {
+                self.check_node(node, &age)?;
+                let it = self.at(node);
+                let expected = pins.remove(&node).unwrap_or(0);
+                hold!(it.pins == expected, "{node:?} has {} pins for {expected} sequences", it.pins);
+                pages.extend_from_slice(&it.pages);
+                evictable += if it.pins == 0 { it.pages.len() } else { 0 };
+                shared += if it.pins > 1 { it.pages.len() } else { 0 };
+                linked += usize::from(!it.is_root());
+            }
+        }
+        hold!(pins.is_empty(), "sequences stand on nodes outside the tree: {pins:?}");
+        hold!(self.children.len() == linked, "{} children indexed of {linked}", self.children.len());
+        hold!(pages.len() == self.sealed, "{} pages counted as sealed of {}", self.sealed, pages.len());
+        hold!(evictable == self.evictable, "{} pages counted as evictable of {evictable}", self.evictable);
+        hold!(shared == self.shared, "{} pages counted as shared of {shared}", self.shared);
+        Ok(pages)
+    }
+
+    /// Age of every unpinned node, the oldest first.
+    fn check_order(&self) -> Result<HashMap<NodeId, usize>> {
+        let mut age = HashMap::new();
+        let mut node = self.order.oldest();
+        while node.is_some() {
+            hold!(age.insert(node, age.len()).is_none(), "{node:?} stands twice in the order");
+            hold!(self.at(node).pins == 0, "{node:?} is pinned and may be evicted");
+            node = self.order.newer(node);
+        }
+        Ok(age)
+    }
+
+    fn check_node(&self, node: NodeId, age: &HashMap<NodeId, usize>) -> Result<()> {
+        let it = self.at(node);
+        if it.is_root() {
+            hold!(it.run.is_empty() && it.pages.is_empty(), "root {node:?} holds tokens");
+            return Ok(());
+        }
+        let above = self.at(it.parent);
+        hold!(!it.run.is_empty(), "{node:?} has no tokens");
+        hold!(it.start == above.end(), "{node:?} starts at {} below an end at {}", it.start, above.end());
+        hold!(it.pins <= above.pins, "{node:?} has more pins than its parent");
+        let found = self.children.get(&self.nodes, it.parent, it.run[0]);
+        hold!(found == Some(node), "{node:?} is found as {found:?}");
+        let full = ((it.end() >> self.shift) - (it.start >> self.shift)) as usize;
+        if it.is_leaf() {
+            hold!(it.pages.len() <= full, "leaf {node:?} has {} pages for {full} blocks", it.pages.len());
+            hold!(it.pins > 0 || !it.pages.is_empty(), "leaf {node:?} has no pages");
+        } else {
+            hold!(it.pages.len() == full, "{node:?} has {} pages for {full} blocks", it.pages.len());
+        }
+        hold!((it.pins == 0) == age.contains_key(&node), "{node:?} with {} pins is misplaced", it.pins);
+        if let (Some(own), Some(parents)) = (age.get(&node), age.get(&it.parent)) {
+            hold!(own < parents, "{node:?} is younger than its parent");
+        }
+        let next = it.next;
+        hold!(next.is_none() || self.at(next).previous == node, "{next:?} does not follow {node:?}");
+        Ok(())
+    }
+}

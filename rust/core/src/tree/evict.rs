@@ -1,0 +1,162 @@
+//! Eviction in two steps: condemn takes victims out of sight and hands over their pages; after
+//! that they are either finished, or restored to where they stood.
+
+use super::{Node, Tree};
+use crate::ids::{NodeId, PageId};
+
+/// What must be remembered to restore a victim. Its pages are in the caller's list, in order.
+pub(crate) enum Victim {
+    /// A leaf left the tree. Its slot keeps tokens and pages until the end.
+    Whole { node: NodeId, epoch: u32, parent_epoch: u32, count: usize },
+    /// A leaf lost its last `count` pages and keeps its stale tokens until the end.
+    Part { node: NodeId, epoch: u32, kept: usize, count: usize },
+}
+
+impl Tree {
+    /// Take `want` pages from the oldest leaves, the deepest of each leaf first. The caller checked
+    /// that so many are evictable.
+    pub(crate) fn condemn(&mut self, mut want: usize, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) {
+        while want > 0 {
+            let leaf = self.order.oldest();
+            debug_assert!(self.at(leaf).is_leaf(), "the oldest node is always a leaf");
+            let have = self.at(leaf).pages.len();
+            if have > want {
+                let node = self.at_mut(leaf);
+                let (epoch, kept) = (node.epoch, have - want);
+                pages.extend(node.pages.drain(kept..));
+                victims.push(Victim::Part { node: leaf, epoch, kept, count: want });
+                self.evictable -= want;
+                self.sealed -= want;
+                return;
+            }
+            want -= have;
+            let mut parent = self.condemn_leaf(leaf, pages, victims);
+            while self.is_hollow(parent) {
+                parent = self.condemn_leaf(parent, pages, victims);
+            }
+        }
+    }
+
+    /// Condemn every unpinned node below `root`.
+    pub(crate) fn condemn_below(&mut self, root: NodeId, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) {
+        for node in self.preorder(root).into_iter().rev() {
+            let it = self.at(node);
+            if !it.is_root() && it.is_leaf() && it.pins == 0 {
+                self.condemn_leaf(node, pages, victims);
+            }
+        }
+    }
+
+    /// Forget the victims for good.
+    pub(crate) fn finish(&mut self, victims: &mut Vec<Victim>) {
+        for victim in victims.drain(..) {
+            match victim {
+                Victim::Whole { node, parent_epoch, .. } => {
+                    let parent = self.at(node).parent;
+                    self.vacate(node);
+                    if self.at(parent).epoch == parent_epoch {
+                        self.drop_root_if_empty(parent);
+                    }
+                }
+                Victim::Part { node, epoch, kept, .. } => {
+                    if self.is_as_left(node, epoch, kept) {
+                        self.trim(node);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Put the victims back, the last condemned first, so that parents stand before their children
+    /// come and stay younger. Where the place is gone or taken, the pages go to `orphans`.
+    pub(crate) fn restore(&mut self, victims: &mut Vec<Victim>, pages: &[PageId], orphans: &mut Vec<PageId>) {
+        let mut end = pages.len();
+        for victim in victims.drain(..).rev() {
+            let (Victim::Whole { count, .. } | Victim::Part { count, .. }) = victim;
+            let own = &pages[end - count..end];
+            end -= count;
+            let is_back = match victim {
+                Victim::Whole { node, epoch, parent_epoch, .. } => self.relink(node, epoch, parent_epoch),
+                Victim::Part { node, epoch, kept, .. } => self.regrow(node, epoch, kept, own),
+            };
+            if !is_back {
+                orphans.extend_from_slice(own);
+            }
+        }
+    }
+
+    fn condemn_leaf(&mut self, leaf: NodeId, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) -> NodeId {
+        self.unlink(leaf);
+        self.order.remove(leaf);
+        let gone = self.next_epoch();
+        let node = self.at_mut(leaf);
+        let epoch = std::mem::replace(&mut node.epoch, gone);
+        let (parent, count) = (node.parent, node.pages.len());
+        pages.extend_from_slice(&node.pages);
+        self.evictable -= count;
+        self.sealed -= count;
+        let parent_epoch = self.at(parent).epoch;
+        victims.push(Victim::Whole { node: leaf, epoch, parent_epoch, count });
+        parent
+    }
+
+    /// An unpinned leaf without pages: the start of a block whose children all left.
+    fn is_hollow(&self, node: NodeId) -> bool {
+        let node = self.at(node);
+        node.is_leaf() && !node.is_root() && node.pages.is_empty() && node.pins == 0
+    }
+
+    fn relink(&mut self, node: NodeId, epoch: u32, parent_epoch: u32) -> bool {
+        let Node { parent, start, ref run, ref pages, .. } = *self.at(node);
+        let above = self.at(parent);
+        let full = (above.end() >> self.shift) - (above.start >> self.shift);
+        let stands = above.epoch == parent_epoch && above.end() == start && above.pages.len() as u32 == full;
+        if !stands || self.children.get(&self.nodes, parent, run[0]).is_some() {
+            self.vacate(node);
+            return false;
+        }
+        let count = pages.len();
+        self.at_mut(node).epoch = epoch;
+        self.link(node);
+        self.order.push_oldest(node);
+        self.evictable += count;
+        self.sealed += count;
+        true
+    }
+
+    fn regrow(&mut self, node: NodeId, epoch: u32, kept: usize, pages: &[PageId]) -> bool {
+        if !self.is_as_left(node, epoch, kept) {
+            return false;
+        }
+        let grown = self.at_mut(node);
+        grown.pages.extend_from_slice(pages);
+        let pins = grown.pins;
+        self.sealed += pages.len();
+        match pins {
+            0 => self.evictable += pages.len(),
+            1 => {}
+            _ => self.shared += pages.len(),
+        }
+        true
+    }
+
+    fn is_as_left(&self, node: NodeId, epoch: u32, kept: usize) -> bool {
+        let node = self.at(node);
+        node.epoch == epoch && node.is_leaf() && node.pages.len() == kept
+    }
+
+    /// Nodes from `root` down, parents before children.
+    pub(super) fn preorder(&self, root: NodeId) -> Vec<NodeId> {
+        let mut order = vec![root];
+        let mut next = 0;
+        while let Some(node) = order.get(next) {
+            let mut child = self.at(*node).first_child;
+            while child.is_some() {
+                order.push(child);
+                child = self.at(child).next;
+            }
+            next += 1;
+        }
+        order
+    }
+}

@@ -1,0 +1,101 @@
+//! Pins: a sequence holds every node from its anchor up to the root.
+
+use super::Tree;
+use crate::ids::NodeId;
+
+impl Tree {
+    /// Find the anchor for a match of `matched` tokens that ended in `node`, and pin its path.
+    ///
+    /// The anchor ends with the block that the match ends in, cut off when the run goes on, so that
+    /// no more is held than is used.
+    pub(crate) fn anchor(&mut self, node: NodeId, matched: u32) -> NodeId {
+        let end = self.block_end(matched);
+        let mut node = self.ancestor(node, end);
+        if end > matched {
+            node = self.holder(node, end).unwrap_or(node);
+        }
+        if self.reach(node) > end && !self.at(node).is_root() {
+            let offset = (end - self.at(node).start) as usize;
+            node = self.split(node, offset);
+        }
+        self.pin_path(node);
+        node
+    }
+
+    /// The node at or above `node` in which position `end` is reached, the root for 0.
+    fn ancestor(&self, mut node: NodeId, end: u32) -> NodeId {
+        while self.at(node).start >= end && !self.at(node).is_root() {
+            node = self.at(node).parent;
+        }
+        node
+    }
+
+    pub(crate) fn pin_path(&mut self, mut node: NodeId) {
+        while node.is_some() {
+            self.pin(node);
+            node = self.at(node).parent;
+        }
+    }
+
+    /// Let go of a path. Nodes that nobody holds any more become the newest, the deepest oldest
+    /// among them.
+    pub(crate) fn unpin_path(&mut self, anchor: NodeId) {
+        let mut node = anchor;
+        let mut bottom = NodeId::NONE;
+        while node.is_some() {
+            let parent = self.at(node).parent;
+            if self.unpin(node) && bottom.is_none() {
+                bottom = node;
+            }
+            node = parent;
+        }
+        while bottom.is_some() {
+            bottom = self.merge_up(bottom).unwrap_or(NodeId::NONE);
+        }
+    }
+
+    /// Let go of the nodes below position `end` and return the new anchor.
+    pub(crate) fn lift(&mut self, mut anchor: NodeId, end: u32) -> NodeId {
+        while self.at(anchor).start >= end && !self.at(anchor).is_root() {
+            let parent = self.at(anchor).parent;
+            self.unpin(anchor);
+            anchor = parent;
+        }
+        anchor
+    }
+
+    pub(super) fn pin(&mut self, node: NodeId) {
+        let pinned = self.at_mut(node);
+        pinned.pins += 1;
+        let (pins, pages) = (pinned.pins, pinned.pages.len());
+        let is_root = pinned.is_root();
+        if pins == 1 && !is_root {
+            self.evictable -= pages;
+            self.order.remove(node);
+        } else if pins == 2 {
+            self.shared += pages;
+        }
+    }
+
+    /// Take one pin off. Returns true when the node waits among the evictable ones now.
+    pub(super) fn unpin(&mut self, node: NodeId) -> bool {
+        let unpinned = self.at_mut(node);
+        unpinned.pins -= 1;
+        let (pins, pages) = (unpinned.pins, unpinned.pages.len());
+        match pins {
+            0 if unpinned.is_root() => self.drop_root_if_empty(node),
+            0 if unpinned.is_leaf() && pages == 0 => {
+                self.unlink(node);
+                self.vacate(node);
+            }
+            0 => {
+                self.evictable += pages;
+                self.order.push_newest(node);
+                return true;
+            }
+            1 => self.shared -= pages,
+            _ => {}
+        }
+        false
+    }
+}

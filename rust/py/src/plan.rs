@@ -1,0 +1,111 @@
+//! `Plan`: a handle that abandons its plan when it goes unfinished.
+
+use std::sync::{Arc, Mutex};
+
+use pyo3::prelude::*;
+
+use crate::buffers::Room;
+use crate::errors::{ClosedError, poisoned, raised};
+use crate::pool::Shared;
+
+#[pyclass(frozen, module = "kvhybrid._core")]
+pub struct Plan {
+    shared: Arc<Shared>,
+    open: Mutex<Option<kvhybrid_core::Plan>>,
+    num_tokens: usize,
+    num_evicted: usize,
+    max_pages: usize,
+    copies: Vec<(u32, u32)>,
+}
+
+impl Plan {
+    pub fn new(shared: Arc<Shared>, plan: kvhybrid_core::Plan) -> Self {
+        Self {
+            shared,
+            num_tokens: plan.num_tokens(),
+            num_evicted: plan.num_evicted(),
+            max_pages: plan.max_pages(),
+            copies: plan.copies().iter().map(|(source, target)| (source.0, target.0)).collect(),
+            open: Mutex::new(Some(plan)),
+        }
+    }
+
+    fn take(&self) -> PyResult<kvhybrid_core::Plan> {
+        self.open.lock().map_err(poisoned)?.take().ok_or_else(finished)
+    }
+}
+
+fn finished() -> PyErr {
+    ClosedError::new_err("the plan was already committed or abandoned")
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        if let Ok(open) = self.open.get_mut()
+            && let Some(plan) = open.take()
+            && let Some(mut pool) = self.shared.lock_to_drop()
+        {
+            pool.abandon(plan);
+        }
+    }
+}
+
+#[pymethods]
+impl Plan {
+    fn __repr__(&self) -> PyResult<String> {
+        let state = if self.open.lock().map_err(poisoned)?.is_some() { "open" } else { "finished" };
+        Ok(format!("Plan({} tokens, {} evicted, {state})", self.num_tokens, self.num_evicted))
+    }
+
+    #[getter]
+    fn num_tokens(&self) -> usize {
+        self.num_tokens
+    }
+
+    #[getter]
+    fn num_evicted(&self) -> usize {
+        self.num_evicted
+    }
+
+    #[getter]
+    fn max_pages(&self) -> usize {
+        self.max_pages
+    }
+
+    #[getter]
+    fn copies(&self) -> Vec<(u32, u32)> {
+        self.copies.clone()
+    }
+
+    fn fill(&self, tables: &Bound<'_, PyAny>, slots: &Bound<'_, PyAny>, lengths: &Bound<'_, PyAny>) -> PyResult<()> {
+        let (mut room_1, mut room_2, mut room_3) = (Room::new(), Room::new(), Room::new());
+        let mut tables = room_1.writable(tables, "tables", 2)?;
+        let mut slots = room_2.writable(slots, "slots", 1)?;
+        let mut lengths = room_3.writable(lengths, "lengths", 2)?;
+        let width = tables.extent(1);
+        if lengths.extent(1) != 2 {
+            return Err(pyo3::exceptions::PyValueError::new_err(format!(
+                "lengths must be 2 wide, not {}",
+                lengths.extent(1)
+            )));
+        }
+        let mut open = self.open.lock().map_err(poisoned)?;
+        let plan = open.as_mut().ok_or_else(finished)?;
+        self.shared
+            .lock()?
+            .fill(plan, tables.int32_mut(), width, slots.int32_mut(), lengths.int32_mut())
+            .map_err(raised)
+    }
+
+    fn commit(&self) -> PyResult<()> {
+        let plan = self.take()?;
+        self.shared.lock()?.commit(plan);
+        Ok(())
+    }
+
+    fn abandon(&self) -> PyResult<()> {
+        let plan = self.take()?;
+        self.shared.lock()?.abandon(plan);
+        Ok(())
+    }
+}

@@ -1,0 +1,100 @@
+//! `Sequence`: a handle that closes its sequence when it goes.
+
+use std::sync::Arc;
+
+use kvhybrid_core::SequenceId;
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+
+use crate::buffers::with_tokens;
+use crate::errors::raised;
+use crate::pool::Shared;
+use crate::token_buffer::native_bytes;
+
+#[pyclass(frozen, module = "kvhybrid._core")]
+pub struct Sequence {
+    pub shared: Arc<Shared>,
+    pub id: SequenceId,
+    cached: usize,
+}
+
+impl Sequence {
+    pub fn new(shared: Arc<Shared>, id: SequenceId, cached: usize) -> Self {
+        Self { shared, id, cached }
+    }
+}
+
+impl Drop for Sequence {
+    fn drop(&mut self) {
+        if let Some(mut pool) = self.shared.lock_to_drop() {
+            pool.close(self.id);
+        }
+    }
+}
+
+#[pymethods]
+impl Sequence {
+    fn __repr__(&self) -> PyResult<String> {
+        let pool = self.shared.lock()?;
+        let (Ok(length), Ok(pending)) = (pool.length(self.id), pool.pending(self.id)) else {
+            return Ok(format!("Sequence({}, closed)", self.id));
+        };
+        Ok(format!("Sequence({}, {length} tokens, {} cached, {pending} pending)", self.id, self.cached))
+    }
+
+    #[getter]
+    fn length(&self) -> PyResult<usize> {
+        self.shared.lock()?.length(self.id).map_err(raised)
+    }
+
+    #[getter]
+    fn pending(&self) -> PyResult<usize> {
+        self.shared.lock()?.pending(self.id).map_err(raised)
+    }
+
+    #[getter]
+    fn cached(&self) -> usize {
+        self.cached
+    }
+
+    #[getter]
+    fn num_pages(&self) -> PyResult<usize> {
+        Ok(self.shared.lock()?.block_table(self.id).map_err(raised)?.len())
+    }
+
+    #[getter]
+    fn closed(&self) -> PyResult<bool> {
+        Ok(self.shared.lock()?.is_closed(self.id))
+    }
+
+    fn append(&self, tokens: &Bound<'_, PyAny>) -> PyResult<()> {
+        with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(mut pool) => pool.append(self.id, tokens).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })?
+    }
+
+    fn tokens<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let tokens = self.shared.lock()?.tokens(self.id).map_err(raised)?;
+        native_bytes(py, &tokens, |token| token.to_ne_bytes())
+    }
+
+    fn block_table<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        let table = self.shared.lock()?.block_table(self.id).map_err(raised)?.to_vec();
+        native_bytes(py, &table, |page| page.0.to_ne_bytes())
+    }
+
+    fn fork(&self) -> PyResult<Self> {
+        let id = self.shared.lock()?.fork(self.id).map_err(raised)?;
+        Ok(Self { shared: self.shared.clone(), id, cached: self.cached })
+    }
+
+    fn truncate(&self, length: usize) -> PyResult<()> {
+        self.shared.lock()?.truncate(self.id, length).map_err(raised)
+    }
+
+    fn close(&self) -> PyResult<()> {
+        self.shared.lock()?.close(self.id);
+        Ok(())
+    }
+}
