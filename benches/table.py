@@ -4,7 +4,7 @@ Its own process a bench, so that none warms another's caches or threads. Takes `
 """
 
 import argparse
-import datetime
+import datetime as dt
 import json
 import subprocess
 import sys
@@ -15,45 +15,21 @@ from typing import Any
 PEERS = Path(__file__).parent / "peers"
 
 # bench, what is measured, and its cell: figures by name, formatted; a row is left out when one is missing
+TTFT = (
+    "{{{0}_ours_ms:,.0f}} ms; no reuse {{{0}_none_ms:,.0f}}; `DynamicCache` in place {{{0}_in_place_ms:,.0f}}"
+)
+DECODE = "{{{0}_8k_ours_ms:.1f}} ms; `DynamicCache` {{{0}_8k_dynamic_ms:.1f}}; `StaticCache` {{{0}_8k_static_ms:.1f}}"
+EVICTING = "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim"
 ROWS = [
-    (
-        "replay",
-        "conversations replayed from Python",
-        "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}",
-    ),
-    (
-        "cycle",
-        "bookkeeping of a request, cached, 128 / 32,768 tokens",
-        "{hot_128_us:.1f} / {hot_32768_us:.1f} us",
-    ),
-    (
-        "cycle",
-        "the same, pool full, evicting",
-        "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim",
-    ),
-    ("cycle", "bookkeeping of a decode step, 256 sequences", "{decode_256_us:.1f} us"),
-    ("cycle", "bookkeeping of a cached block of 16", "{bytes_per_block:.0f} bytes"),
-    (
-        "ttft",
-        "time to first token, {shared_tokens:,.0f} shared + {new_tokens:.0f} new, float32",
-        "{f32_ours_ms:.0f} ms; no reuse {f32_none_ms:,.0f} ms; `DynamicCache` in place {f32_in_place_ms:.0f} ms",
-    ),
-    (
-        "ttft",
-        "the same, bfloat16",
-        "{bf16_ours_ms:.0f} ms; no reuse {bf16_none_ms:,.0f} ms; `DynamicCache` in place {bf16_in_place_ms:.0f} ms",
-    ),
-    (
-        "decode",
-        "a decoded token at 8k of context, float32",
-        "{f32_8k_ours_ms:.1f} ms; `DynamicCache` {f32_8k_dynamic_ms:.1f} ms; `StaticCache` {f32_8k_static_ms:.1f} ms",
-    ),
-    (
-        "decode",
-        "the same, bfloat16",
-        "{bf16_8k_ours_ms:.1f} ms; `DynamicCache` {bf16_8k_dynamic_ms:.1f} ms; "
-        "`StaticCache` {bf16_8k_static_ms:.1f} ms",
-    ),
+    ("replay", "conversations replayed", "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}"),
+    ("cycle", "a cached request, 128 / 32,768 tokens", "{hot_128_us:.1f} / {hot_32768_us:.1f} us"),
+    ("cycle", "a new one, pool full", EVICTING),
+    ("cycle", "a decode step of 256 sequences", "{decode_256_us:.1f} us"),
+    ("cycle", "books of a cached block of 16", "{bytes_per_block:.0f} bytes"),
+    ("ttft", "first token behind {shared_tokens:,.0f} shared, float32", TTFT.format("f32")),
+    ("ttft", "the same, bfloat16", TTFT.format("bf16")),
+    ("decode", "a token at 8k of context, float32", DECODE.format("f32")),
+    ("decode", "the same, bfloat16", DECODE.format("bf16")),
 ]
 
 
@@ -80,7 +56,7 @@ def render(reports: dict[str, dict[str, Any]]) -> str:
                 lines.append(f"| {what.format(**figures)} | {cell.format(**figures)} |")
             except KeyError:  # not measured on this machine: bfloat16 on a CPU that does not compute it
                 continue
-    today = datetime.datetime.now(tz=datetime.UTC).date()
+    today = dt.datetime.now(tz=dt.UTC).date()
     lines += ["", f"`make bench`, {today}: {machine['cpu']}, {machine['cores']} cores, {versions}."]
     return "\n".join(lines)
 
