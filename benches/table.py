@@ -18,7 +18,10 @@ PEERS = Path(__file__).parent / "peers"
 TTFT = (
     "{{{0}_ours_ms:,.0f}} ms; no reuse {{{0}_none_ms:,.0f}}; `DynamicCache` in place {{{0}_in_place_ms:,.0f}}"
 )
-DECODE = "{{{0}_8k_ours_ms:.1f}} ms; `DynamicCache` {{{0}_8k_dynamic_ms:.1f}}; `StaticCache` {{{0}_8k_static_ms:.1f}}"
+DECODE = (
+    "{{{0}_8k_ours_ms:.1f}} ms; `DynamicCache` {{{0}_8k_dynamic_ms:.1f}}; "
+    "`StaticCache` {{{0}_8k_static_ms:.1f}}"
+)
 EVICTING = "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim"
 ROWS = [
     ("replay", "conversations replayed", "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}"),
