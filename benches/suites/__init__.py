@@ -1,0 +1,1 @@
+"""Benchmarks over time, run by asv."""
