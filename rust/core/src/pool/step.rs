@@ -138,7 +138,7 @@ impl Pool {
             }
         }
         self.finish_victims(plan);
-        let mut slots = slots.iter_mut();
+        let mut slots = slots;
         for (index, row) in plan.rows.iter().enumerate() {
             lengths[2 * index] = row.length as i32;
             lengths[2 * index + 1] = row.count as i32;
@@ -156,9 +156,11 @@ impl Pool {
                 let block_end = ((position >> self.shift) + 1) << self.shift;
                 let stop = block_end.min(end);
                 let offset = first + (position & ((1 << self.shift) - 1));
-                for (slot, value) in slots.by_ref().zip(offset..offset + (stop - position)) {
+                let (run, rest) = slots.split_at_mut((stop - position) as usize);
+                for (slot, value) in run.iter_mut().zip(offset..) {
                     *slot = value as i32;
                 }
+                slots = rest;
                 position = stop;
             }
         }
@@ -182,6 +184,9 @@ impl Pool {
             if let Some(source) = sequence.replaced.take() {
                 self.totals.copied_pages += 1;
                 self.pages.release(source);
+            }
+            if row.count > 0 {
+                // A borrowed page was copied, or a split moved the anchor deeper than what is used.
                 sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
             }
             if sequence.share {
@@ -240,6 +245,7 @@ impl Pool {
                 self.pages.seal(*page);
             }
             self.tree.restore(&mut plan.victims, &victims, &mut self.duplicates);
+            self.totals.evicted_pages += self.duplicates.len() as u64;
             self.pages.free(&self.duplicates);
             self.duplicates.clear();
         }

@@ -29,7 +29,7 @@ impl Tree {
         loop {
             self.trim(node);
             let Node { start, ref run, .. } = *self.at(node);
-            let offset = (sealing.from - start) as usize + taken;
+            let offset = sealing.from as usize + taken - start as usize;
             let equal = common_prefix(&run[offset..], &sealing.tail[taken..count]);
             let (offset, length) = (offset + equal, run.len());
             if equal > 0 {
