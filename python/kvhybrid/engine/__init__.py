@@ -1,0 +1,1 @@
+"""The async skin: requests, sessions, continuous batching. anyio lives here, and nowhere below."""

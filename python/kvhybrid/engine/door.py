@@ -1,0 +1,149 @@
+"""The door: a request's text becomes tokens, and whether they can be served is settled before they queue.
+
+Runs in a worker thread, because long texts take long. Knows the tokenizer, the vocabulary and the
+budget; queues nothing and stores nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from kvhybrid._core import TokenBuffer
+from kvhybrid.errors import CapacityError, InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvhybrid.engine.request import Request
+
+__all__ = ["Door", "Prompt"]
+
+DEFAULT_MAX_LENGTH: Final = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a request came to: its tokens, and how many may follow. ``text``: what they were rendered from."""
+
+    tokens: TokenBuffer
+    max_length: int
+    text: str | None = None
+
+
+class Door:
+    """Reads prompts for one model with room for ``capacity`` tokens."""
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, capacity: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.capacity = capacity
+        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        config = model.config.get_text_config(decoder=True)
+        self.context = int(getattr(config, "max_position_embeddings", None) or 0)
+        self.end_ids = _end_ids(model, tokenizer)
+
+    @property
+    def has_template(self) -> bool:
+        """Whether messages can be rendered."""
+        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+
+    def end_text(self, token: int) -> str:
+        """Return how the template spells a token that ends answers; empty for any other token."""
+        if token not in self.end_ids or self.tokenizer is None:
+            return ""
+        return str(self.tokenizer.decode([token]))
+
+    def prepare(self, request: Request) -> Prompt:
+        """Return the request's prompt.
+
+        Raises ``InvalidRequestError`` for an empty prompt, unknown tokens or what needs a tokenizer that
+        is not there; ``CapacityError`` when prompt and answer do not fit into the budget.
+        """
+        if request.stop and self.tokenizer is None:
+            raise InvalidRequestError(f"stop={request.stop!r}: needs a tokenizer, the engine has none")
+        if request.token_ids is not None:
+            tokens = self.read(request.token_ids)
+        elif request.messages is not None:
+            tokens = self.encode(self.render(request.messages), special=False)
+        else:
+            assert request.text is not None
+            tokens = self.encode(request.text, special=True)
+        return self.fit(TokenBuffer(tokens), request)
+
+    def fit(self, tokens: TokenBuffer, request: Request, text: str | None = None) -> Prompt:
+        """Return the prompt with as many new tokens as it may have; raises as ``prepare`` does."""
+        if len(tokens) == 0:
+            raise InvalidRequestError("the prompt is empty: it has 0 tokens")
+        wanted = request.max_length if request.max_length is not None else 1
+        for limit, name in ((self.capacity, "the cache's budget"), (self.context, "the model's context")):
+            if limit and len(tokens) + wanted > limit:
+                raise CapacityError(
+                    f"a prompt of {len(tokens)} tokens and {wanted} new ones exceed {name} of {limit} tokens"
+                )
+        if request.max_length is not None:
+            return Prompt(tokens, request.max_length, text)
+        room = min(limit for limit in (self.capacity, self.context) if limit) - len(tokens)
+        return Prompt(tokens, min(DEFAULT_MAX_LENGTH, room), text)
+
+    def encode(self, text: str, *, special: bool) -> npt.NDArray[np.uint32]:
+        """Return the text's tokens; ``special``: with what the tokenizer puts around a text."""
+        if self.tokenizer is None:
+            raise InvalidRequestError("text needs a tokenizer, the engine has none: pass token_ids")
+        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return self.read(ids) if ids else np.empty(0, np.uint32)
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Return the chat as text, ready for an answer.
+
+        Raises ``InvalidRequestError`` without a template, or with the template's own objection.
+        """
+        if self.tokenizer is None or not self.has_template:
+            raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # a template is a program of the model's author: anything may come
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+        return str(text)
+
+    def read(self, token_ids: Any) -> npt.NDArray[np.uint32]:
+        """Return ``token_ids`` as an array.
+
+        Raises ``InvalidRequestError`` unless they are whole numbers, one-dimensional, at least one, all
+        of them in the vocabulary.
+        """
+        with contextlib.suppress(AttributeError):
+            token_ids = token_ids.numpy(force=True)  # a tensor, whatever its device
+        try:
+            ids = np.asarray(token_ids)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InvalidRequestError(f"token_ids are no array of whole numbers: {error}") from error
+        if ids.size == 0:
+            raise InvalidRequestError("the prompt is empty: token_ids has 0 tokens")
+        if ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise InvalidRequestError(
+                f"token_ids must be whole numbers in one dimension, got {ids.dtype} {list(ids.shape)}"
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {self.vocab_size})")
+        return ids.astype(np.uint32)
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """The tokens that end an answer: the model's own word for it, else the tokenizer's."""
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        found = getattr(source, "eos_token_id", None)
+        if found is not None:
+            return frozenset(found if isinstance(found, list | tuple) else [found])
+    return frozenset()

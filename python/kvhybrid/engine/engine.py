@@ -1,0 +1,224 @@
+"""``KVEngine``: requests in, answers out, many at once, over one model and one cache.
+
+The async front of the package. Owns the background task of its lane and everything that it started:
+nothing outlives ``async with``.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import anyio
+
+from kvhybrid.cache.kv_cache import KVCache
+from kvhybrid.engine.door import Door
+from kvhybrid.engine.driver import Driver
+from kvhybrid.engine.intake import Intake
+from kvhybrid.engine.lane import Lane
+from kvhybrid.engine.request import Request, check_names
+from kvhybrid.engine.scheduler import Scheduler
+from kvhybrid.engine.session import Session
+from kvhybrid.engine.statistics import Health
+from kvhybrid.errors import ClosedError, ConfigError, InvalidRequestError
+from kvhybrid.model.load import load_model
+from kvhybrid.model.packing import choose_packing
+from kvhybrid.model.runner import Runner
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    import torch
+    from anyio.abc import TaskGroup
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvhybrid.config import KVCacheConfig
+    from kvhybrid.engine.stream import Stream
+
+__all__ = ["KVEngine"]
+
+
+class KVEngine:
+    """Serves requests through one model, every cached prefix reused.
+
+        async with KVEngine() as engine:
+            answer = await engine.process_request({"text": "Once upon a time"})
+
+    ``model``: a loaded transformers model, the path of a local one, or None for the embedded model.
+    ``max_queued``: most requests that wait; the next is refused. ``prefill_tokens``: most tokens of one
+    step, so that a long prompt does not hold up those that are answering.
+
+    Building one loads the model and tries it on a few tokens, which takes its time: build it before the
+    event loop has anything else to do. Raises ``LayoutError`` or ``UnsupportedError`` for a model that
+    has no attention or that cannot be served, ``ConfigError`` for wrong settings.
+
+    Works on asyncio and trio. Leaving ``async with`` cancels what still runs: its callers get
+    ``ClosedError``, and every page is free. An engine is entered once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | str | Path | None = None,
+        config: KVCacheConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        max_queued: int = 256,
+        prefill_tokens: int = 512,
+    ) -> None:
+        _check_count("max_queued", max_queued, 2**31 - 1)
+        _check_count("prefill_tokens", prefill_tokens, 2**31 - 1)
+        self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
+        self.cache = KVCache.for_model(self.model, config)
+        self.packing, self.packing_reason = choose_packing(self.model, self.cache.layout)
+        capacity = self.cache.pool.num_pages * self.cache.layout.block_size
+        self._door = Door(self.model, self.tokenizer, capacity)
+        self._scheduler = Scheduler(max_queued)
+        self._prefill_tokens = prefill_tokens
+        self._sessions: dict[tuple[str, str], Session] = {}
+        self._was_entered = False
+        self._runner: Runner | None = None
+        self._driver: Driver | None = None
+        self._intake: Intake | None = None
+        self._tasks: TaskGroup | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._was_entered:
+            raise ClosedError("an engine can be entered once: build another")
+        self._was_entered = True
+        self._runner = Runner(self.model, self.cache.storage, self.packing)
+        lane = Lane(self._runner, self.cache, self._prefill_tokens)
+        self._driver = Driver(lane, self._scheduler, self.cache.config.num_workers)
+        self._intake = Intake(self._door, self._scheduler, self._driver, self.cache)
+        self._tasks = await anyio.create_task_group().__aenter__()
+        self._tasks.start_soon(self._driver.run, name="kvhybrid lane")
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._driver is not None
+        assert self._runner is not None
+        assert self._tasks is not None
+        self._driver.stop()
+        try:
+            with anyio.CancelScope(shield=True):
+                await self._driver.has_ended.wait()
+            # Our task group is told of no error: it would hand the caller's own back inside a group.
+            await self._tasks.__aexit__(None, None, None)
+        finally:
+            self._runner.close()
+            self.cache.close()
+            self._sessions.clear()
+
+    async def process_request(self, request: Mapping[str, Any] | Request) -> dict[str, Any]:
+        """Answer one request.
+
+        Returns ``text``, ``token_ids``, ``cached``, ``cached_tokens``, ``prompt_tokens``,
+        ``completion_tokens``, ``session_id``, ``finish_reason`` ("stop" or "length"),
+        ``time_to_first_token_ms`` and ``latency_ms``. Cancelling the call frees its pages before it
+        returns, as soon as the step in flight is over.
+
+        Raises ``InvalidRequestError`` naming field and value; ``CapacityError`` when prompt and answer do
+        not fit into the budget; ``OverloadedError`` when the queue is full; ``TimeoutError`` past the
+        deadline; ``ClosedError`` outside ``async with``; and whatever the model raises.
+        """
+        intake = self._serving()
+        parsed = self._parse(request)
+        return (await intake.run(parsed, partial(self._door.prepare, parsed))).answer()
+
+    def stream(self, request: Mapping[str, Any] | Request) -> Stream:
+        """Answer one request piece by piece: an async iterator of ``Piece``, a ``str`` with ``token_id``.
+
+        Raises as ``process_request`` does, here or at the first piece. Leaving early stops the work; use
+        ``async with`` or ``contextlib.aclosing`` to have its pages free when the block is left.
+        """
+        intake = self._serving()
+        parsed = self._parse(request)
+        return intake.stream(parsed, partial(self._door.prepare, parsed))
+
+    def session(self, session_id: str = "default", *, tenant: str = "default") -> Session:
+        """Return the conversation of that id and tenant: the same one until it is dropped."""
+        intake = self._serving()
+        check_names(session_id=session_id, tenant=tenant)
+        key = (tenant, session_id)
+        if key not in self._sessions:
+            self._sessions[key] = Session(session_id, tenant, intake)
+        return self._sessions[key]
+
+    def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
+        """Forget a conversation; its pages stay cached until they are evicted. True if it was known."""
+        self._serving()
+        return self._sessions.pop((tenant, session_id), None) is not None
+
+    @property
+    def num_workers(self) -> int:
+        """Most requests that run at once, 1 to 128; takes effect at the next step, and ends none."""
+        return self._driver.max_running if self._driver else self.cache.config.num_workers
+
+    @num_workers.setter
+    def num_workers(self, value: int) -> None:
+        _check_count("num_workers", value, 128)
+        self._serving()
+        assert self._driver is not None
+        self._driver.max_running = value
+
+    async def get_health_status(self) -> Health:
+        """Return ``{"status", "checks"}``, which is true when healthy.
+
+        Checks: the ``lane`` runs and its last steps did not all fail, the ``queue`` takes requests, the
+        books of the ``cache`` balance.
+        """
+        self._serving()
+        assert self._driver is not None
+        pages = self.cache.pool.statistics()
+        known = pages["free_pages"] + pages["mutable_pages"] + pages["sealed_pages"]
+        books = f"{known} of {pages['num_pages']} pages are accounted for, {pages['free_pages']} of them free"
+        return Health.of(**self._driver.checks(), cache=(known == pages["num_pages"], books))
+
+    def get_stats(self) -> dict[str, int | float]:
+        """Return the cache's statistics and the engine's, flat and JSON-ready.
+
+        ``sessions`` counts conversations; ``running`` and ``queued`` requests are as of now; the rest are
+        totals, and percentiles in ``*_ms`` over the last 1024.
+        """
+        self._serving()
+        assert self._driver is not None
+        return {
+            **self.cache.get_stats(),
+            **self._driver.statistics.flat(),
+            "running": self._driver.num_running,
+            "queued": self._scheduler.places_taken,
+            "num_workers": self._driver.max_running,
+            "sessions": len(self._sessions),
+        }
+
+    def _serving(self) -> Intake:
+        if self._intake is None:
+            state = "was closed" if self._was_entered else "is not open: use `async with`"
+            raise ClosedError(f"the engine {state}")
+        self._intake.check_open()
+        return self._intake
+
+    def _parse(self, request: Mapping[str, Any] | Request) -> Request:
+        try:
+            return Request.parse(request)
+        except InvalidRequestError:
+            assert self._driver is not None
+            self._driver.statistics.refused += 1
+            raise
+
+    def __repr__(self) -> str:
+        if self._driver is None or not self._driver.is_running:
+            state = "closed" if self._was_entered else "not open"
+        else:
+            state = f"{self._driver.num_running} requests run, {len(self._scheduler)} wait"
+        return f"<KVEngine {type(self.model).__name__}, {self.packing}, {state}, {self.cache!r}>"
+
+
+def _check_count(name: str, value: object, most: int) -> None:
+    if type(value) is not int or not 1 <= value <= most:
+        raise ConfigError(f"{name}={value!r}: must be a whole number from 1 to {most}")

@@ -1,0 +1,108 @@
+"""``Intake``: a request's way from the door to its answer, with its deadline and its way out.
+
+Shared by the engine and its sessions. Whoever leaves on this way, cancelled or too late, takes the
+request's pages along.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from functools import partial
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from kvhybrid.engine.running import Running
+from kvhybrid.engine.stream import Stream
+from kvhybrid.engine.ticket import Ticket
+from kvhybrid.errors import ClosedError, KVHybridError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.engine.door import Door, Prompt
+    from kvhybrid.engine.driver import Driver
+    from kvhybrid.engine.request import Request
+    from kvhybrid.engine.scheduler import Scheduler
+
+__all__ = ["Intake"]
+
+
+class Intake:
+    """Lets requests in. ``door`` reads prompts, one at a time, in a thread that is not the lane's."""
+
+    def __init__(self, door: Door, scheduler: Scheduler, driver: Driver, cache: KVCache) -> None:
+        self.door = door
+        self._scheduler = scheduler
+        self._driver = driver
+        self._cache = cache
+        self._limiter = anyio.CapacityLimiter(1)
+
+    async def run(self, request: Request, prepare: Callable[[], Prompt]) -> Ticket:
+        """Serve a request and return its finished ticket.
+
+        ``prepare`` runs in the door's thread. Raises what it raises, ``OverloadedError``, ``ClosedError``,
+        ``TimeoutError`` past the deadline, or what the model raised.
+        """
+        with anyio.move_on_after(request.deadline) as scope:
+            ticket = await self.submit(request, prepare)
+            try:
+                await ticket.wait()
+            finally:
+                if not ticket.is_over:
+                    await self._driver.abandon(ticket)
+            return ticket
+        assert scope.cancelled_caught
+        raise TimeoutError(f"the deadline of {request.deadline} s passed")
+
+    def stream(
+        self,
+        request: Request,
+        prepare: Callable[[], Prompt],
+        on_end: Callable[[Ticket | None], None] | None = None,
+    ) -> Stream:
+        """Return a request's answer as a stream; ``on_end`` gets the ticket if it was finished, else None."""
+        return Stream(
+            partial(self.submit, request, prepare),
+            self._driver.abandon,
+            deadline=request.deadline,
+            on_end=on_end,
+        )
+
+    async def submit(self, request: Request, prepare: Callable[[], Prompt]) -> Ticket:
+        """Read a request's prompt and queue it."""
+        started = time.perf_counter()
+        expires = anyio.current_time() + request.deadline if request.deadline else math.inf
+        self.check_open()
+        try:
+            prompt = await self._read(prepare)
+        except KVHybridError:
+            self._driver.statistics.refused += 1
+            raise
+        self.check_open()
+        running = Running(
+            request,
+            prompt,
+            namespace=self._cache.tenant_namespace(request.tenant),
+            end_ids=self.door.end_ids,
+            tokenizer=self.door.tokenizer,
+            expires=expires,
+        )
+        ticket = Ticket(running, started)
+        self._driver.submit(ticket)
+        return ticket
+
+    async def _read(self, prepare: Callable[[], Prompt]) -> Prompt:
+        self._scheduler.reserve(self._driver.retry_after())
+        try:
+            return await anyio.to_thread.run_sync(prepare, limiter=self._limiter)
+        finally:
+            self._scheduler.leave_door()
+
+    def check_open(self) -> None:
+        """Raise ``ClosedError`` unless requests are served."""
+        if not self._driver.is_running:
+            raise ClosedError("the engine is closed")

@@ -1,0 +1,118 @@
+"""``Running``: one request from its place in the queue to its last token.
+
+Touched by the lane's thread while it runs; the event loop reads it before and after, and in between
+only sets ``cancelled``. Knows tokens and text; no tensors and no event loop.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from kvhybrid.engine.text import Detokenizer, Piece
+from kvhybrid.errors import KVHybridError
+from kvhybrid.model.sampling import Sampling
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    import numpy.typing as npt
+    from transformers import PreTrainedTokenizerBase
+
+    from kvhybrid._core import PagePool, Sequence
+    from kvhybrid.engine.door import Prompt
+    from kvhybrid.engine.request import Request
+
+    Rank: TypeAlias = tuple[int, float, int]
+
+__all__ = ["Running"]
+
+_arrivals = itertools.count()
+
+
+class Running:
+    """One request's tokens, its pages while it has any, and how far its answer is.
+
+    ``tokens`` holds the prompt and everything generated, so that a preempted request can be opened
+    again and go on as if nothing had been.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        prompt: Prompt,
+        *,
+        namespace: int,
+        end_ids: frozenset[int],
+        tokenizer: PreTrainedTokenizerBase | None,
+        expires: float = math.inf,
+    ) -> None:
+        self.key = next(_arrivals)
+        self.request = request
+        self.rank: Rank = (-request.priority, expires, self.key)
+        self.prompt = prompt
+        self.tokens = prompt.tokens
+        self.num_prompt_tokens = len(prompt.tokens)
+        self.generated: list[int] = []
+        self.text = Detokenizer(tokenizer, request.stop or ())
+        self.sampling = Sampling.seeded(request.temperature, request.top_p, request.seed)
+        self.sequence: Sequence | None = None
+        self.pending = 0  # tokens that the sequence knows and has not computed
+        self.next: int | None = None  # the token just chosen, which the sequence does not know yet
+        self.cached_tokens = 0
+        self.aligned = False  # opened without reusing part of a page
+        self.preemptions = 0
+        self.cancelled = False
+        self.first_token_at = math.nan
+        self._namespace = namespace
+        self._end_ids = end_ids
+
+    def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
+        """Pin the longest cached prefix; everything behind it is pending."""
+        self.close()
+        sequence = pool.open(self.tokens, self._namespace, align=align)
+        self.sequence, self.pending, self.next = sequence, sequence.pending, None
+        if self.preemptions == 0:  # later it would find what it computed itself
+            self.cached_tokens = sequence.cached
+        return sequence
+
+    def close(self) -> None:
+        """Give the pages back; the tokens stay. Idempotent."""
+        if self.sequence is not None:
+            self.sequence.close()
+            self.sequence = None
+
+    def match(self, pool: PagePool) -> int:
+        """Return how many tokens ``open`` would find cached."""
+        return min(pool.match(self.tokens, self._namespace), len(self.tokens) - 1)
+
+    def span(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
+        """Return the tokens of positions ``[start, stop)``."""
+        return np.frombuffer(self.tokens.tobytes(start, stop), np.uint32)
+
+    def accept(self, token: int | None) -> tuple[Piece, str | None]:
+        """Take the token chosen; return its text, and the reason to end here, if there is one.
+
+        Raises ``KVHybridError`` for None: there was no token to choose.
+        """
+        if token is None:
+            raise KVHybridError(f"the model gave no finite logits behind {len(self.tokens)} tokens")
+        if not self.generated:
+            self.first_token_at = time.perf_counter()
+        self.generated.append(token)
+        self.tokens.append(np.array([token], np.uint32))
+        self.next = token
+        ended = token in self._end_ids
+        full = len(self.generated) >= self.prompt.max_length
+        text = self.text.push(token, last=ended or full)
+        if ended or self.text.stopped:
+            return Piece(text, token), "stop"
+        return Piece(text, token), "length" if full else None
+
+    def __repr__(self) -> str:
+        state = "cancelled, " if self.cancelled else ""
+        return f"<Running {self.key}: {state}{self.num_prompt_tokens} + {len(self.generated)} tokens>"

@@ -1,0 +1,142 @@
+"""``Session``: a conversation whose tokens stay on the native side; every turn tokenises only what is new.
+
+    turn 1   [ rendered chat, ready for an answer ][ answer ]
+    turn 2   [ ............. held as tokens ..................][ what the template puts next ][ answer ]
+
+Knows the door, which renders and encodes, and the intake, which serves; holds no page.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from kvhybrid._core import TokenBuffer
+from kvhybrid.engine.request import Request
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from kvhybrid.engine.door import Prompt
+    from kvhybrid.engine.intake import Intake
+    from kvhybrid.engine.stream import Stream
+    from kvhybrid.engine.ticket import Ticket
+
+__all__ = ["Session"]
+
+# Stands for each answer when the chat is rendered again. The model's own tokens are kept, however the
+# template would have spelt them (many strip spaces): what was cached stays a prefix.
+ANSWER: Final = "[kvhybrid answer]"
+
+
+class Session:
+    """One conversation of one tenant. Turns follow one another; made by ``KVEngine.session``.
+
+    With a chat template a string is a user's message and each turn appends what the template renders
+    anew; without one, text is appended as it is. A turn that fails, is cancelled or left early never
+    happened.
+    """
+
+    def __init__(self, session_id: str, tenant: str, intake: Intake) -> None:
+        self.id = session_id
+        self.tenant = tenant
+        self.num_turns = 0
+        self._intake = intake
+        self._tokens = TokenBuffer()
+        self._messages: list[dict[str, Any]] = []
+        self._rendered = ""
+        self._end_text = ""  # the end token that the last answer came with, as the template spells it
+        self._is_busy = False
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the conversation so far, answers included."""
+        return len(self._tokens)
+
+    def tokens(self) -> bytes:
+        """Copy out the conversation's tokens as native-endian uint32."""
+        return self._tokens.tobytes()
+
+    async def send(self, prompt: str | Sequence[Mapping[str, Any]], **parameters: Any) -> dict[str, Any]:
+        """Append a turn, and return its answer as ``KVEngine.process_request`` does.
+
+        ``prompt``: a string, or new messages for the chat template. ``parameters``: the request's other
+        fields (``max_length``, ``temperature`` ...). Raises ``InvalidRequestError`` while another turn is
+        under way, ``CapacityError`` when the conversation has outgrown the budget, ``UnsupportedError``
+        when the template rewrites earlier turns.
+        """
+        request = self._begin(prompt, parameters)
+        finished = None
+        try:
+            finished = await self._intake.run(request, partial(self._prepare, request))
+        finally:
+            self._end(request, finished)
+        return finished.answer()
+
+    def stream(self, prompt: str | Sequence[Mapping[str, Any]], **parameters: Any) -> Stream:
+        """Append a turn and return its answer as a stream; once the last piece is fetched, the turn counts."""
+        request = self._begin(prompt, parameters)
+        return self._intake.stream(request, partial(self._prepare, request), partial(self._end, request))
+
+    def _begin(self, prompt: str | Sequence[Mapping[str, Any]], parameters: dict[str, Any]) -> Request:
+        self._intake.check_open()
+        if self._is_busy:
+            raise InvalidRequestError(f"session {self.id!r}: turn {self.num_turns + 1} is still under way")
+        own = {"session_id": self.id, "tenant": self.tenant}
+        if taken := sorted({*own, "text", "messages", "token_ids"} & parameters.keys()):
+            raise InvalidRequestError(f"{taken[0]}={parameters[taken[0]]!r}: a session has its own")
+        if isinstance(prompt, str) and self._intake.door.has_template and prompt:
+            fields: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+        elif isinstance(prompt, str):
+            fields = {"text": prompt}
+        else:
+            fields = {"messages": list(prompt)}
+        request = Request.parse({**fields, **own, **parameters})
+        self._is_busy = True
+        return request
+
+    def _end(self, request: Request, finished: Ticket | None) -> None:
+        """Make the turn true, if it was finished. Restores nothing: a turn changes nothing before."""
+        self._is_busy = False
+        if finished is None:
+            return
+        running = finished.running
+        last = running.generated[-1]
+        kept = running.text.num_kept_tokens()
+        self._end_text = "" if running.text.stopped else self._intake.door.end_text(last)
+        if request.messages is None and last in self._intake.door.end_ids:
+            kept = min(kept, len(running.generated) - 1)  # raw text goes on, so it did not end
+        running.tokens.truncate(running.num_prompt_tokens + kept)
+        self._tokens = running.tokens
+        self._rendered = running.prompt.text or ""
+        self._messages += [*(request.messages or ()), {"role": "assistant", "content": ANSWER}]
+        self.num_turns += 1
+
+    def _prepare(self, request: Request) -> Prompt:
+        """Return the conversation with the new turn behind it. Runs in the door's thread."""
+        door = self._intake.door
+        tokens, rendered = TokenBuffer(self._tokens), None
+        if request.messages is None:
+            assert request.text is not None
+            added = door.encode(request.text, special=self.num_turns == 0)
+        else:
+            rendered = door.render([*self._messages, *request.messages])
+            added = door.encode(self._what_is_new(rendered), special=False)
+        tokens.append(added)
+        return door.fit(tokens, request, rendered)
+
+    def _what_is_new(self, rendered: str) -> str:
+        """Return what the template puts behind the last answer."""
+        if self.num_turns == 0:
+            return rendered
+        before = self._rendered + ANSWER
+        if not rendered.startswith(before):
+            raise UnsupportedError(
+                f"session {self.id!r}: the chat template renders turns 1 to {self.num_turns} differently once "
+                "another follows, so nothing can be appended: pass the whole chat to process_request"
+            )
+        added = rendered[len(before) :]
+        if self._end_text and added.lstrip().startswith(self._end_text):
+            return added.lstrip()[len(self._end_text) :]
+        return added

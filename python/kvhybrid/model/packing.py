@@ -1,0 +1,133 @@
+"""Which packing serves a model, found by running it: two texts of different lengths through a ``Runner``.
+
+Both are prefilled in one step, then a chunk of one goes with a single token of the other, then both
+decode; the logits must be the ones that the model gives for each text alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from kvhybrid._core import Batch, CapacityError
+from kvhybrid.cache.kv_cache import KVCache
+from kvhybrid.cache.step import Step
+from kvhybrid.config import KVCacheConfig
+from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.model.probe import TOLERANCE, refuse
+from kvhybrid.model.runner import Packing, Runner
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvhybrid.layout import KVLayout
+
+# New tokens of the two texts, step by step.
+STEPS = ((11, 6), (5, 1), (1, 1))
+
+
+def choose_packing(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
+    """Return the fastest packing that gives the model's own logits, and why it was chosen.
+
+    Raises ``UnsupportedError`` with both reasons when neither does.
+    """
+    refuse(model)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return _choose(model, layout)
+    finally:
+        model.train(was_training)
+
+
+def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
+    vocab = int(model.get_input_embeddings().weight.shape[0])
+    lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
+    texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
+    expected = torch.cat(_own_logits(model, texts))
+    implementation = model.config._attn_implementation
+    if implementation == "sdpa":
+        problem = _try(model, layout, Packing.RAGGED, texts, expected)
+        if problem is None:
+            return Packing.RAGGED, "packed rows give the model's own logits"
+    else:
+        problem = f"its attention implementation is {implementation!r}, packed rows need 'sdpa'"
+    worse = _try(model, layout, Packing.ROWWISE, texts, expected)
+    if worse is None:
+        return Packing.ROWWISE, problem
+    raise UnsupportedError(f"{type(model).__name__}: ragged: {problem}; rowwise: {worse}")
+
+
+def _own_logits(model: PreTrainedModel, texts: list[np.ndarray]) -> list[torch.Tensor]:
+    """Return, step by step, the logits ``[2, vocab]`` behind each text's last token of the step."""
+    caches = [DynamicCache(config=model.config) for _ in texts]
+    done, kept = [0] * len(texts), []
+    for counts in STEPS:
+        rows = []
+        for row, count in enumerate(counts):
+            ids = torch.from_numpy(texts[row][done[row] : done[row] + count]).to(model.device)
+            output = model(input_ids=ids[None], past_key_values=caches[row], use_cache=True)
+            rows.append(output.logits[0, -1].float())
+            done[row] += count
+        kept.append(torch.stack(rows))
+    return kept
+
+
+def _try(
+    model: PreTrainedModel,
+    layout: KVLayout,
+    packing: Packing,
+    texts: list[np.ndarray],
+    expected: torch.Tensor,
+) -> str | None:
+    """Run the texts in ``packing``; return what is wrong with it, or None."""
+    pages = sum(-(-len(text) // layout.block_size) for text in texts)
+    config = KVCacheConfig(
+        max_tokens=pages * layout.block_size,
+        max_memory_mb=None,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        _env_file=None,
+    )
+    cache = KVCache(config, layout=layout, device=model.device)
+    runner = Runner(model, cache.storage, packing)
+    try:
+        found = torch.cat(_packed_logits(runner, cache, texts))
+    except CapacityError:
+        raise
+    except (
+        LayoutError,
+        UnsupportedError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+    ) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        runner.close()
+    allowed = TOLERANCE[layout.dtype] * float(expected.std())
+    off = float((found - expected).abs().max())
+    if not off <= allowed:
+        return f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
+    return None
+
+
+def _packed_logits(runner: Runner, cache: KVCache, texts: list[np.ndarray]) -> list[torch.Tensor]:
+    rows = [cache.pool.open(text.astype(np.uint32)) for text in texts]
+    batch, kept = Batch(cache.pool, rows), []
+    done = [0] * len(texts)
+    for counts in STEPS:
+        step = Step.plan(cache.storage, batch, np.array(counts, np.int32))
+        new = [text[at : at + count] for text, at, count in zip(texts, done, counts, strict=True)]
+        kept.append(runner.run(step, torch.from_numpy(np.concatenate(new)), range(len(texts))))
+        step.commit()
+        done = [at + count for at, count in zip(done, counts, strict=True)]
+    for row in rows:
+        row.close()
+    return kept
