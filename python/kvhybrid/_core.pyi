@@ -1,0 +1,179 @@
+"""The native core: page pool, prefix tree, block tables and eviction order of one tier.
+
+It knows token ids, page ids and order. It has never heard of tensors, models or event loops:
+what a page holds is the caller's, and so is every copy.
+
+Tokens cross the boundary as buffers (numpy int32, int64 or uint32, ``array.array``, ``memoryview``;
+a torch CPU tensor through ``.numpy()``), never as lists, and stay on this side between turns.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Final, TypeAlias, final
+
+import numpy.typing as npt
+from typing_extensions import Buffer
+
+__all__ = [
+    "Batch",
+    "CapacityError",
+    "ClosedError",
+    "KVHybridError",
+    "PagePool",
+    "Plan",
+    "Sequence",
+    "TokenBuffer",
+    "__version__",
+]
+
+# numpy's arrays are buffers, but their types say so only from Python 3.12 on.
+_Buffer: TypeAlias = Buffer | npt.NDArray[Any]
+_Tokens: TypeAlias = _Buffer | TokenBuffer
+
+__version__: Final[str]
+
+class KVHybridError(Exception):
+    """Base of every error that kvhybrid raises on its own account."""
+
+class CapacityError(KVHybridError):
+    """The pool cannot hold what was asked, even after evicting all that may leave."""
+
+class ClosedError(KVHybridError):
+    """The handle was closed, or its plan was already committed or abandoned."""
+
+@final
+class TokenBuffer:
+    """A growing run of token ids kept on the native side (4 bytes a token)."""
+
+    def __new__(cls, tokens: _Tokens | None = None) -> TokenBuffer: ...
+    def __len__(self) -> int: ...
+    def append(self, tokens: _Tokens) -> int:
+        """Add tokens at the end and return the new length."""
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` tokens; a no-op when it is already shorter."""
+    def tobytes(self, start: int = 0, stop: int | None = None) -> bytes:
+        """Copy out ``[start, stop)`` as native-endian uint32."""
+    def common_prefix(self, tokens: _Tokens) -> int:
+        """Return how many leading tokens equal those of ``tokens``."""
+
+@final
+class Sequence:
+    """Tokens with a block table: one running text, pinning the cached prefix that it stands on.
+
+    Dropping the handle closes it. ``length`` tokens have K and V in pages, ``pending`` more are
+    known and wait for a plan.
+    """
+
+    @property
+    def length(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    @property
+    def cached(self) -> int:
+        """Tokens that were found in the prefix tree when the sequence was opened."""
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def append(self, tokens: _Tokens) -> None:
+        """Add tokens that wait to be computed."""
+    def tokens(self) -> bytes:
+        """Copy out all ``length + pending`` tokens as native-endian uint32."""
+    def block_table(self) -> bytes:
+        """Copy out the page ids in order as native-endian int32."""
+    def fork(self) -> Sequence:
+        """Return a second sequence over the same pages; the first to write into a shared, partly
+        filled page gets its own copy (see ``Plan.copies``)."""
+    def truncate(self, length: int) -> None:
+        """Drop every token from position ``length`` on, pending ones included."""
+    def close(self) -> None:
+        """Give back the private pages and unpin the cached ones. Idempotent."""
+
+@final
+class Batch:
+    """The sequences that step together, in row order."""
+
+    def __new__(cls, pool: PagePool, sequences: Iterable[Sequence] | None = None) -> Batch: ...
+    def __len__(self) -> int: ...
+    def add(self, sequence: Sequence) -> int:
+        """Add a row at the end and return its index."""
+    def remove(self, sequence: Sequence) -> None:
+        """Take the row out; later rows move up by one."""
+    def plan(self, counts: _Buffer | None = None, *, tokens: _Tokens | None = None) -> Plan:
+        """Reserve pages for the next step of every row, all of them or none.
+
+        ``counts``: int32, one a row: how many pending tokens to compute (0 leaves the row out);
+        ``None`` takes all that are pending. ``tokens``: one token a row, appended first (a decode
+        step). Victims are chosen now; their content is gone only once the plan was filled.
+
+        Raises ``CapacityError`` with the numbers, and nothing has changed.
+        """
+
+@final
+class Plan:
+    """Pages reserved for one step. Commit it after the forward pass, or abandon it.
+
+    Dropping it unfinished abandons it.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def num_evicted(self) -> int: ...
+    @property
+    def max_pages(self) -> int:
+        """Longest block table of the rows: the least width that ``fill`` takes."""
+    @property
+    def copies(self) -> list[tuple[int, int]]:
+        """``(source, destination)`` pages to copy before anything is written (copy on write)."""
+    def fill(self, tables: _Buffer, slots: _Buffer, lengths: _Buffer) -> None:
+        """Write block tables, slots and lengths into the caller's int32 buffers.
+
+        ``tables`` [rows, width >= max_pages], entries past a row's table left alone; ``slots``
+        [num_tokens], ``page * block_size + offset`` in row order; ``lengths`` [rows, 2]: tokens
+        already computed, and tokens of this step. From here on the victims are gone for good.
+        """
+    def commit(self) -> None:
+        """Make the step true: full blocks are sealed and found by whoever comes next."""
+    def abandon(self) -> None:
+        """Undo the plan: tokens appended by it are taken back, reserved pages return, and, unless
+        it was filled, victims stand where they stood."""
+
+@final
+class PagePool:
+    """Pages of ``block_size`` tokens, the prefix tree over them, and who must leave first."""
+
+    def __new__(cls, num_pages: int, block_size: int) -> PagePool: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def num_free(self) -> int: ...
+    @property
+    def num_evictable(self) -> int: ...
+    def match(self, tokens: _Tokens, namespace: int = 0) -> int:
+        """Return how many leading tokens are cached, to the token. Changes nothing."""
+    def open(
+        self, tokens: _Tokens, namespace: int = 0, *, reuse: bool = True, share: bool = True, align: int = 1
+    ) -> Sequence:
+        """Open a sequence on the longest cached prefix, and pin that prefix.
+
+        At most ``len(tokens) - 1`` tokens are matched (rounded down to a multiple of ``align``), so
+        that one is left to compute and there are logits to sample from; the rest is pending. A match
+        that ends inside a block reuses that page by copy on write. ``reuse=False`` matches nothing;
+        ``share=False`` never seals: the pages stay private.
+        """
+    def evict(self, num_pages: int) -> int:
+        """Evict up to ``num_pages`` cold pages and return how many left."""
+    def drop(self, namespace: int) -> int:
+        """Evict every unpinned page of a namespace and return how many left."""
+    def statistics(self) -> dict[str, int]:
+        """Return counters, flat and O(1): ``num_pages``, ``free_pages``, ``mutable_pages``,
+        ``sealed_pages``, ``shared_pages``, ``pinned_pages``, ``evictable_pages``, ``sequences``,
+        ``nodes``, ``opens``, ``queried_tokens``, ``cached_tokens``, ``evicted_pages``,
+        ``sealed_total``, ``duplicate_pages``, ``copied_pages``, ``plans``, ``abandoned_plans``."""
+    def bookkeeping_bytes(self) -> int:
+        """Return the bytes that the bookkeeping owns, token ids not counted. Walks the tree: not for
+        the request path."""
+    def check(self) -> None:
+        """Verify every invariant; raises ``AssertionError`` naming the one that broke. For tests."""
