@@ -14,6 +14,9 @@ settings.register_profile(
 settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+# The tests' models are so small that a second thread only waits, and on a busy machine for long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # transformers must look for files here, not on a server.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -53,8 +53,11 @@ class KVCache:
         self.layout = layout
         num_pages = layout.num_pages(self.config.max_tokens, self.config.max_memory_mb)
         self.pool = PagePool(num_pages, layout.block_size)
-        self.storage = PageStorage(layout, num_pages, device)
-        self._lock = threading.Lock()
+        pin_memory, non_blocking = self.config.host_copies(torch.device(device).type)
+        self.storage = PageStorage(
+            layout, num_pages, device, pin_memory=pin_memory, non_blocking=non_blocking
+        )
+        self._lock = threading.RLock()
         self._namespaces: dict[tuple[str, ...], int] = {}
         self._sessions: dict[tuple[str, str], Any] = {}
         self._make_session: Callable[[str, str], Session] | None = None

@@ -27,9 +27,19 @@ class PageStorage:
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
     """
 
-    def __init__(self, layout: KVLayout, num_pages: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_pages: int,
+        device: torch.device | str = "cpu",
+        *,
+        pin_memory: bool = False,
+        non_blocking: bool = False,
+    ) -> None:
         self.layout = layout
         self.num_pages = num_pages
+        self._pin_memory = pin_memory
+        self._non_blocking = non_blocking
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
@@ -39,6 +49,14 @@ class PageStorage:
 
     def _empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def to_device(self, indices: torch.Tensor) -> torch.Tensor:
+        """Copy host indices to where the pages lie; from pinned memory and asynchronously when so configured."""
+        if self.device.type == "cpu":
+            return indices
+        if self._pin_memory:
+            indices = indices.pin_memory()
+        return indices.to(self.device, non_blocking=self._non_blocking)
 
     @property
     def nbytes(self) -> int:
@@ -81,7 +99,7 @@ class PageStorage:
         if whole := (count - done) // size:
             blocks = new[:, done : done + whole * size]
             blocks = blocks.unflatten(1, (whole, size)).transpose(0, 1)
-            pages.index_copy_(0, table[index : index + whole].to(pages.device), blocks.to(self.dtype))
+            pages.index_copy_(0, self.to_device(table[index : index + whole]), blocks.to(self.dtype))
             done += whole * size
             index += whole
         if done < count:
@@ -111,7 +129,7 @@ class PageStorage:
             blocks = target[:, low * size - start : high * size - start].unflatten(1, (high - low, size))
             runs = table.runs(low, high)
             if len(runs) > MAX_RUNS:
-                chosen = pages.index_select(0, table.ids[low:high].to(pages.device))
+                chosen = pages.index_select(0, self.to_device(table.ids[low:high]))
                 blocks.copy_(chosen.transpose(0, 1))
                 continue
             done = 0

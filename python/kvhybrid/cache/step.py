@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvhybrid._core import Batch, Plan
     from kvhybrid.cache.pages import PageStorage
 
-type Tokens = npt.NDArray[np.uint32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
+    Tokens: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.int64] | npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +105,10 @@ class Step:
         """Index tensors for a step of one token a row, or None: written with one indexed copy a layer."""
         if len(self.spans) < 2 or any(span.count != 1 for span in self.spans):
             return None
-        device, size = self.storage.device, self.storage.block_size
+        size = self.storage.block_size
         rows = torch.tensor([span.row for span in self.spans])
         columns = torch.tensor([span.column for span in self.spans])
-        return tuple(t.to(device) for t in (rows, columns, self._slots // size, self._slots % size))
+        return tuple(map(self.storage.to_device, (rows, columns, self._slots // size, self._slots % size)))
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.

@@ -122,10 +122,12 @@ class Attachment:
         implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
         return use_cache is not False and implementation is None and kwargs.get("inputs_embeds") is None
 
-    def _before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         session = kwargs.get("past_key_values")
         if not isinstance(session, PagedSession):
-            return
+            return None
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
@@ -136,7 +138,15 @@ class Attachment:
         if evicted is not None:
             again, mask = (t.to(ids.device) for t in evicted)
             model(input_ids=again, attention_mask=mask, past_key_values=session, use_cache=True)
-        rows.begin(ids, kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        skip = rows.refed(ids)
+        rows.begin(ids[:, skip:], mask)
+        if not skip:
+            return None
+        kwargs = {**kwargs, "input_ids": ids[:, skip:]}
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"][..., skip:]
+        return (), kwargs
 
     def _after(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

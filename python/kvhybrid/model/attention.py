@@ -121,7 +121,7 @@ class PagedAttention:
         if low < high:
             runs = span.table.runs(low, high)
             if len(runs) > MAX_RUNS:
-                chosen = span.table.ids[low:high].to(pools[0].device)
+                chosen = self.storage.to_device(span.table.ids[low:high])
                 found.append(
                     (
                         torch.index_select(pools[0], 0, chosen, out=self._buffer("k", pools[0], high - low)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-type Ids = npt.NDArray[np.int64]
+    Ids: TypeAlias = npt.NDArray[np.int64]
 
 
 def read_ids(input_ids: torch.Tensor, vocab_size: int) -> Ids:

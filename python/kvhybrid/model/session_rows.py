@@ -12,7 +12,7 @@ Knows tokens, rows and steps; no model, and nothing of ``transformers``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from kvhybrid._core import Batch
 from kvhybrid.cache.pages import PageTable
 from kvhybrid.cache.step import Step
 from kvhybrid.errors import ClosedError, InvalidRequestError, UnsupportedError
-from kvhybrid.model.padding import Ids, read_ids, read_padding
+from kvhybrid.model.padding import read_ids, read_padding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
     from kvhybrid._core import Sequence
     from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
 
-type Text = npt.NDArray[np.uint32]
+    Text: TypeAlias = npt.NDArray[np.uint32]
 
 
 class SessionRows:
@@ -70,24 +71,30 @@ class SessionRows:
         ids = read_ids(input_ids, self._vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() == 2 and mask.shape[1] > width:
-            pads, texts = self._continued(ids, mask)
-        else:
-            pads = read_padding(mask, batch, width)
-            texts = [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)]
-        self._line_up(pads, texts)
+            # The text so far is left as it is, and ``begin`` appends the new tokens to it.
+            if self.num_rows != batch or mask.shape[1] != self.columns + width:
+                raise InvalidRequestError(
+                    f"attention_mask is {list(mask.shape)} for input_ids {list(ids.shape)}, but the session holds "
+                    f"{self.num_rows} rows of {self.columns} columns: pass the whole prompt"
+                )
+            return
+        pads = read_padding(mask, batch, width)
+        self._line_up(pads, [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)])
 
-    def _continued(self, ids: Ids, mask: torch.Tensor) -> tuple[list[int], list[Text]]:
-        batch, width = ids.shape
-        held = self._held()
-        if len(held) != batch or mask.shape[1] != self.columns + width:
-            raise InvalidRequestError(
-                f"attention_mask is {list(mask.shape)} for input_ids {list(ids.shape)}, but the session holds "
-                f"{len(held)} rows of {self.columns} columns: pass the whole prompt"
-            )
-        pads = read_padding(mask, batch, mask.shape[1])
-        if pads != self._pads:
-            raise InvalidRequestError(f"attention_mask pads {pads} columns, the session was begun with {self._pads}")
-        return pads, [np.concatenate([old, ids[row].astype(np.uint32)]) for row, old in enumerate(held)]
+    def refed(self, input_ids: torch.Tensor) -> int:
+        """Return how many leading columns of a forward pass are cached and were fed all the same.
+
+        Assisted decoding feeds the whole prompt again, and candidates behind it; it reads the last
+        logits alone.
+        """
+        prepared = max((row.pending for row in self.sequences), default=0)
+        if not 0 < prepared < input_ids.shape[1]:
+            return 0
+        ids = read_ids(input_ids, self._vocab_size)
+        for row, (pad, held) in enumerate(zip(self._pads, self._held(), strict=True)):
+            if not np.array_equal(ids[row, pad : self.columns], held):
+                raise InvalidRequestError(f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared")
+        return self.columns
 
     def _held(self) -> list[Text]:
         """Return the computed tokens of every row."""
@@ -188,11 +195,15 @@ class SessionRows:
                 appended = True
                 continue
             awaited = np.frombuffer(row.tokens(), np.uint32)[row.length :]
-            if not np.array_equal(awaited[: len(new)], new):
+            shared = min(len(awaited), len(new))
+            if not np.array_equal(awaited[:shared], new[:shared]):
                 self._take_back(appended)
                 raise InvalidRequestError(
                     f"row {index}: the {len(new)} tokens fed are not the next of the {len(awaited)} prepared"
                 )
+            if shared < len(new):
+                row.append(new[shared:])
+                appended = True
         return appended
 
     def _take_back(self, appended: bool) -> None:
@@ -243,7 +254,9 @@ class SessionRows:
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order; a row taken twice is forked, not copied."""
         self._reopen_or_raise()
-        old, used, chosen = self.sequences, set[int](), list[Sequence]()
+        old = self.sequences
+        used: set[int] = set()
+        chosen: list[Sequence] = []
         for row in rows:
             chosen.append(old[row].fork() if row in used else old[row])
             used.add(row)

@@ -1,0 +1,5 @@
+"""``python -m kvhybrid.cli``."""
+
+from kvhybrid.cli import main
+
+main()

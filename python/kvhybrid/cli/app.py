@@ -1,0 +1,81 @@
+"""The command tree. Knows names and options; the work is in each command's own file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path  # noqa: TC003  # typer reads the annotations at run time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from kvhybrid.errors import KVHybridError
+
+app = typer.Typer(
+    help="A KV cache for PyTorch language models: no prompt is computed twice.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Path | None, typer.Option(help="A local Hugging Face model; the embedded one when not given.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kvhybrid import __version__
+
+        typer.echo(f"kvhybrid {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Take the options that come before a command."""
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    device: Device = "cpu",
+    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file; - is stdout.")] = None,
+    sessions: Annotated[int, typer.Option(min=1, max=64, help="Conversations over the shared opening.")] = 4,
+    turns: Annotated[int, typer.Option(min=1, max=32, help="Turns of each.")] = 4,
+) -> None:
+    """Compare: the same conversations without reuse, with a hand-kept cache, and with kvhybrid."""
+    from kvhybrid.cli.demo import run_demo
+
+    with _clear_errors():
+        equal = run_demo(model, device=device, json_path=json, sessions=sessions, turns=turns)
+    raise typer.Exit(0 if equal else 1)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    device: Device = "cpu",
+    max_length: Annotated[int, typer.Option(min=1, max=2048, help="Most new tokens an answer.")] = 120,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always picks the likeliest token.")] = 0.8,
+) -> None:
+    """Talk to a model; what it reuses of the conversation is shown after each answer."""
+    from kvhybrid.cli.chat import run_chat
+
+    with _clear_errors():
+        run_chat(model, device=device, max_length=max_length, temperature=temperature)
+
+
+class _clear_errors:  # noqa: N801  # reads as a statement
+    """Print our own errors in one line; a traceback helps nobody who typed a wrong path."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (KVHybridError, OSError)):
+            Console(stderr=True).print(f"[red]kvhybrid:[/] {error}", highlight=False)
+            sys.exit(2)
