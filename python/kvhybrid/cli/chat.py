@@ -8,6 +8,7 @@ import anyio
 from anyio import to_thread
 from rich.console import Console
 from rich.markup import escape
+from transformers.utils import logging
 
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.engine.engine import KVEngine
@@ -21,7 +22,9 @@ console = Console(highlight=False)
 
 def run_chat(path: Path | None, *, device: str, max_length: int, temperature: float) -> None:
     """Read lines and answer them until the input ends. Raises what loading the model raises."""
+    logging.disable_progress_bar()  # ours says more
     model, tokenizer = load_model(path, device=device)
+    assert tokenizer is not None  # a model from a path or our own always has one
     engine = KVEngine(model, KVCacheConfig(block_size=16), tokenizer=tokenizer)
     anyio.run(_talk, engine, max_length, temperature)
 
@@ -31,18 +34,15 @@ async def _talk(engine: KVEngine, max_length: int, temperature: float) -> None:
     async with engine:
         session = engine.session("chat")
         while line := await _read_line():
-            messages = [{"role": "user", "content": line}]
-            answer = None
-            async for piece in session.stream(messages=messages, max_length=max_length, temperature=temperature):
+            stream = session.stream(line, max_length=max_length, temperature=temperature)
+            async for piece in stream:
                 console.print(escape(piece), end="")
-                answer = piece
-            if answer is not None:
-                console.print()
-            last = session.last_answer
-            console.print(
-                f"[dim]{last['cached_tokens']} of {last['prompt_tokens']} prompt tokens reused, "
-                f"first token after {last['time_to_first_token_ms']:.0f} ms[/]"
-            )
+            console.print()
+            if answer := stream.answer():
+                console.print(
+                    f"[dim]{answer['cached_tokens']} of {answer['prompt_tokens']} prompt tokens reused, "
+                    f"first token after {answer['time_to_first_token_ms']:.0f} ms[/]"
+                )
 
 
 async def _read_line() -> str:

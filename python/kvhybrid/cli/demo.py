@@ -6,9 +6,11 @@ import sys
 from typing import TYPE_CHECKING
 
 import anyio
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from transformers.utils import logging
 
 from kvhybrid.cli.conversations import Conversations, write_conversations
 from kvhybrid.cli.ways import Way, run_by_hand, run_through_engine
@@ -26,7 +28,9 @@ def run_demo(path: Path | None, *, device: str, json_path: Path | None, sessions
     """
     quiet = json_path is not None and str(json_path) == "-"
     console = Console(stderr=quiet)
+    logging.disable_progress_bar()  # ours says more
     model, tokenizer = load_model(path, device=device)
+    assert tokenizer is not None  # a model from a path or our own always has one
     work = write_conversations(model, tokenizer, sessions=sessions, turns=turns)
     with _progress(console) as progress:
 
@@ -66,17 +70,17 @@ def _progress(console: Console) -> Progress:
 
 
 def _table(*ways: Way) -> Table:
-    table = Table(title="the same conversations, three ways", title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
-    for heading in ("first token, mean", "slowest", "tokens/s", "prompt tokens computed", "K and V held"):
-        table.add_column(heading, justify="right")
+    for heading in ("first token\nmean", "\nslowest", "\ntokens/s", "prompt tokens\ncomputed", "K and V\nkept"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for way in ways:
         table.add_row(
             way.name,
             f"{way.ttft * 1e3:.1f} ms",
             f"{way.slowest * 1e3:.1f} ms",
             f"{way.tokens_per_s:.0f}",
-            f"{way.computed:,}",
+            f"{way.computed:,} of {way.asked:,}",
             f"{way.held_bytes / 2**20:.1f} MiB",
         )
     return table
@@ -87,6 +91,6 @@ def _summary(work: Conversations, ours: Way, equal: bool) -> str:
     verdict = "all three texts are equal" if equal else "[red]the texts differ[/]"
     return (
         f"{work.num_sessions} sessions of {work.num_turns // work.num_sessions} turns over an opening of "
-        f"{len(work.opening):,} tokens: {ours.reused:,} of {ours.asked:,} prompt tokens reused ({share:.0%}); {verdict} "
-        "(greedy, float32)"
+        f"{len(work.opening):,} tokens.\n{ours.reused:,} of {ours.asked:,} prompt tokens reused ({share:.0%}); {verdict} "
+        "(greedy, float32)."
     )

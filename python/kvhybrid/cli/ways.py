@@ -65,7 +65,7 @@ def run_by_hand(model: PreTrainedModel, work: Conversations, *, keep: bool, tick
     """Hold the conversations with a plain loop over ``forward``; ``keep`` one DynamicCache a session."""
     way = Way(name="hand-kept DynamicCache" if keep else "without reuse")
     caches: dict[int, DynamicCache] = {}
-    transcripts = work.transcripts()
+    transcripts, ends = work.transcripts(), end_tokens(model)
     for session, line in work.turns():
         transcript = transcripts[session]
         transcript += line
@@ -77,7 +77,7 @@ def run_by_hand(model: PreTrainedModel, work: Conversations, *, keep: bool, tick
         way.reused += held
         start = time.perf_counter()
         fed, answer = transcript[held:], list[int]()
-        while len(answer) < work.answer_tokens:
+        while len(answer) < work.answer_tokens and not ends.intersection(answer):
             ids = torch.tensor([fed], device=model.device)
             logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
             fed = [int(logits[0, -1].argmax())]
@@ -90,6 +90,12 @@ def run_by_hand(model: PreTrainedModel, work: Conversations, *, keep: bool, tick
         tick()
     way.held_bytes = sum(_bytes(cache) for cache in caches.values()) if keep else 0
     return way
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end an answer."""
+    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _bytes(cache: DynamicCache) -> int:
@@ -112,7 +118,6 @@ async def run_through_engine(
                 "token_ids": transcript,
                 "session_id": f"session {session}",
                 "max_length": work.answer_tokens,
-                "ignore_eos": True,
             }
             start = time.perf_counter()
             answer = await engine.process_request(request)
