@@ -14,9 +14,9 @@ from embedded.measure import encode, validation_loss
 from embedded.muon import Muon
 
 PHASES = ((0.80, 256), (0.92, 512), (0.97, 2048), (1.0, 4096))
-"""(until this share of the steps, window in tokens). Short windows are cheap and teach nearly
-everything; the long ones at the end are for distant positions. The best step by windows of 256 can come before
-them, as the shipped weights' does: what was kept learnt from 512 tokens at most."""
+"""(until this share of the steps, window in tokens). Short windows are cheap and teach almost
+everything; the long ones at the end are for distant positions. The best step by windows of 256 can
+come before them, as the shipped weights' does: what was kept learnt from 512 tokens at most."""
 
 
 @dataclass(frozen=True)
