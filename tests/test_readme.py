@@ -21,6 +21,10 @@ def test_the_readme_has_examples_and_is_short() -> None:
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_the_example_runs(example: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-W", "error", "-c", example],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -48,7 +48,9 @@ def measure(name: str, context: int, steps: int) -> dict[str, float]:
     shape = (1, config.num_key_value_heads, context, config.head_dim)
     dynamic = DynamicCache(config=config)
     static = StaticCache(config=config, max_cache_len=context + steps + 4)
-    attachment = kvhybrid.attach(model, config=KVCacheConfig(max_tokens=context + steps + 128, _env_file=None))
+    attachment = kvhybrid.attach(
+        model, config=KVCacheConfig(max_tokens=context + steps + 128, _env_file=None)
+    )
     session = attachment.cache.session("bench")
     ids = torch.randint(0, VOCAB, (1, context), generator=generator)
     session.rows.begin(ids, None)
@@ -67,7 +69,9 @@ def measure(name: str, context: int, steps: int) -> dict[str, float]:
     if name == "f32":
         for way in ("dynamic", "static"):
             if not np.allclose(first["ours"], first[way], atol=1e-3, rtol=1e-3):
-                raise SystemExit(f"logits differ from {way}'s by {np.abs(first['ours'] - first[way]).max():.2g}")
+                raise SystemExit(
+                    f"logits differ from {way}'s by {np.abs(first['ours'] - first[way]).max():.2g}"
+                )
     interleaved(calls, 2)
     return interleaved(calls, steps - 3)
 

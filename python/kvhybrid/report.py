@@ -31,7 +31,10 @@ def machine() -> Machine:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         first = cpuinfo.read_text(encoding="utf-8").split("\n\n", 1)[0]
-        info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        info = {
+            key.strip(): value.strip()
+            for key, _, value in (line.partition(":") for line in first.splitlines())
+        }
     flags = (info.get("flags") or info.get("Features") or "").split()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(

@@ -52,7 +52,9 @@ def test_a_model_that_is_not_there_is_one_clear_line(tmp_path: Path) -> None:
 
 
 def test_chat_answers_each_line_and_says_what_was_reused() -> None:
-    result = runner.invoke(app, ["chat", "--temperature", "0", "--max-length", "8"], input="Good morrow\nAnd thou?\n\n")
+    result = runner.invoke(
+        app, ["chat", "--temperature", "0", "--max-length", "8"], input="Good morrow\nAnd thou?\n\n"
+    )
     assert result.exit_code == 0, result.output
     assert result.output.count("prompt tokens reused") == 2
 

@@ -57,7 +57,9 @@ def test_attention_over_pages_equals_exact_arithmetic(
 ) -> None:
     torch.manual_seed(seed)
     kv_heads, group = heads
-    layout = KVLayout(num_layers=1, num_kv_heads=kv_heads, head_dim=dim, block_size=block_size, dtype=storage_dtype)
+    layout = KVLayout(
+        num_layers=1, num_kv_heads=kv_heads, head_dim=dim, block_size=block_size, dtype=storage_dtype
+    )
     storage = PageStorage(layout, PAGES * 3)
     for pages in (*storage.keys, *storage.values):
         pages.fill_(math.nan)
@@ -78,7 +80,10 @@ def test_attention_over_pages_equals_exact_arithmetic(
         values.append(value)
         column += count
     step = Step(storage, NoPlan(), tuple(spans), torch.tensor(slots))  # type: ignore[arg-type]
-    new = [torch.cat([t[:, s.past :] for t, s in zip(side, spans, strict=True)], dim=1)[None] for side in (keys, values)]
+    new = [
+        torch.cat([t[:, s.past :] for t, s in zip(side, spans, strict=True)], dim=1)[None]
+        for side in (keys, values)
+    ]
     step.write(0, new[0], new[1])
     query = torch.randn(1, kv_heads * group, column, dim)
     found = PagedAttention(storage).attend(step, 0, query, new[0], new[1], None, window)

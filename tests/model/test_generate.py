@@ -38,7 +38,9 @@ def attachment(request: pytest.FixtureRequest, model: PreTrainedModel) -> Iterat
     assert cache.pool.num_free + cache.pool.num_evictable == cache.pool.num_pages
 
 
-def own_text(attachment: Attachment, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
+def own_text(
+    attachment: Attachment, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
+) -> torch.Tensor:
     """What the model writes through its own DynamicCache."""
     mask = mask if mask is not None else torch.ones_like(ids)
     past = DynamicCache(config=attachment.model.config)
@@ -47,7 +49,9 @@ def own_text(attachment: Attachment, ids: torch.Tensor, mask: torch.Tensor | Non
     )
 
 
-def our_text(attachment: Attachment, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object) -> torch.Tensor:
+def our_text(
+    attachment: Attachment, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
+) -> torch.Tensor:
     mask = mask if mask is not None else torch.ones_like(ids)
     return attachment.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **kwargs)
 
@@ -113,7 +117,9 @@ def test_a_session_longer_than_the_prompt_is_cut_to_what_they_share(attachment: 
     our_text(attachment, ids, past_key_values=session)
     for length in (50, 33, 32, 7, 1):
         edited = ids[:, :length]
-        assert torch.equal(our_text(attachment, edited, past_key_values=session), own_text(attachment, edited))
+        assert torch.equal(
+            our_text(attachment, edited, past_key_values=session), own_text(attachment, edited)
+        )
 
 
 @pytest.mark.parametrize("pads", [(0, 5), (3, 0), (17, 1), (30, 0)])

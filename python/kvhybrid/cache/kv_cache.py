@@ -47,7 +47,9 @@ class KVCache:
     ) -> None:
         self.config = config if config is not None else KVCacheConfig(block_size=layout.block_size)
         if self.config.block_size != layout.block_size:
-            raise LayoutError(f"config.block_size={self.config.block_size}, the layout says {layout.block_size}")
+            raise LayoutError(
+                f"config.block_size={self.config.block_size}, the layout says {layout.block_size}"
+            )
         if self.config.dtype is not None and self.config.dtype != layout.dtype:
             raise LayoutError(f"config.dtype={self.config.dtype}, the layout says {layout.dtype}")
         self.layout = layout
@@ -95,7 +97,9 @@ class KVCache:
         """
         self._check_open()
         if self._make_session is None:
-            raise UnsupportedError("no model is attached to this cache: call kvhybrid.attach(model, cache) first")
+            raise UnsupportedError(
+                "no model is attached to this cache: call kvhybrid.attach(model, cache) first"
+            )
         with self._lock:
             key = (tenant, session_id)
             if key not in self._sessions:

@@ -51,7 +51,7 @@ class PageStorage:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def to_device(self, indices: torch.Tensor) -> torch.Tensor:
-        """Copy host indices to where the pages lie; from pinned memory and asynchronously when so configured."""
+        """Copy host indices to where the pages lie, pinned and asynchronously when so configured."""
         if self.device.type == "cpu":
             return indices
         if self._pin_memory:
@@ -79,7 +79,9 @@ class PageStorage:
         if key.shape[2] != value.shape[2]:
             raise LayoutError(f"layer {layer}: K has {key.shape[2]} tokens, V has {value.shape[2]}")
 
-    def write_run(self, layer: int, table: PageTable, past: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def write_run(
+        self, layer: int, table: PageTable, past: int, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
         """Write one row's new tokens behind its ``past`` tokens.
 
         ``key``, ``value``: ``[num_kv_heads, tokens, width]``.
@@ -105,8 +107,10 @@ class PageStorage:
         if done < count:
             pages[int(table[index])][:, : count - done] = new[:, done:]
 
-    def write_slots(self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write one token a row: ``pages`` and ``offsets`` int64 ``[rows]``, ``key`` ``[rows, heads, width]``."""
+    def write_slots(
+        self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Write a token a row: ``pages``, ``offsets`` int64 ``[rows]``; ``key`` ``[rows, heads, width]``."""
         self.keys[layer][pages, :, offsets] = key.to(self.dtype)
         self.values[layer][pages, :, offsets] = value.to(self.dtype)
 
@@ -116,8 +120,10 @@ class PageStorage:
             for pages in (*self.keys, *self.values):
                 pages[destination].copy_(pages[source])
 
-    def gather(self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Copy a row's tokens ``[start, stop)`` into ``out``, a pair of ``[num_kv_heads, stop - start, width]``."""
+    def gather(
+        self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """Copy a row's tokens ``[start, stop)`` to ``out``: a pair of ``[num_kv_heads, tokens, width]``."""
         size = self.block_size
         low, high = -(-start // size), stop // size
         for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):

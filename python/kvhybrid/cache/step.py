@@ -44,7 +44,9 @@ class Span:
 class Step:
     """A filled plan. ``commit`` after the forward pass, or ``abandon``; dropping it abandons it."""
 
-    def __init__(self, storage: PageStorage, plan: Plan, spans: tuple[Span, ...], slots: torch.Tensor) -> None:
+    def __init__(
+        self, storage: PageStorage, plan: Plan, spans: tuple[Span, ...], slots: torch.Tensor
+    ) -> None:
         self.storage = storage
         self.spans = spans
         self._plan = plan
@@ -123,7 +125,9 @@ class Step:
             return
         for span in self.spans:
             new = slice(span.column, span.column + span.count)
-            self.storage.write_run(layer, span.table, span.past, key[span.row, :, new], value[span.row, :, new])
+            self.storage.write_run(
+                layer, span.table, span.past, key[span.row, :, new], value[span.row, :, new]
+            )
 
     def commit(self) -> None:
         """Make the step true: its full blocks are sealed and found by whoever comes next."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path  # noqa: TC003  # typer reads the annotations at run time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +18,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[Path | None, typer.Option(help="A local Hugging Face model; the embedded one when not given.")]
+Model = Annotated[
+    Path | None, typer.Option(help="A local Hugging Face model; the embedded one when not given.")
+]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1 ...")]
 
 
@@ -43,7 +45,9 @@ def root(
 def demo(
     model: Model = None,
     device: Device = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file; - is stdout.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON to this file; - is stdout.")
+    ] = None,
     sessions: Annotated[int, typer.Option(min=1, max=64, help="Conversations over the shared opening.")] = 4,
     turns: Annotated[int, typer.Option(min=1, max=32, help="Turns of each.")] = 4,
 ) -> None:

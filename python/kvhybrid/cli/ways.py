@@ -61,7 +61,9 @@ class Way:
 
 
 @torch.inference_mode()
-def run_by_hand(model: PreTrainedModel, work: Conversations, *, keep: bool, tick: Callable[[], object]) -> Way:
+def run_by_hand(
+    model: PreTrainedModel, work: Conversations, *, keep: bool, tick: Callable[[], object]
+) -> Way:
     """Hold the conversations with a plain loop over ``forward``; ``keep`` one DynamicCache a session."""
     way = Way(name="hand-kept DynamicCache" if keep else "without reuse")
     caches: dict[int, DynamicCache] = {}
@@ -94,16 +96,19 @@ def run_by_hand(model: PreTrainedModel, work: Conversations, *, keep: bool, tick
 
 def end_tokens(model: PreTrainedModel) -> set[int]:
     """Return the tokens that end an answer."""
-    found = model.generation_config.eos_token_id if model.generation_config is not None else None
+    found = model.generation_config.eos_token_id
     return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _bytes(cache: DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)  # type: ignore[union-attr]
+    return sum(int(side.nbytes) for layer in cache.layers for side in (layer.keys, layer.values))  # type: ignore[union-attr,misc]
 
 
 async def run_through_engine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, work: Conversations, tick: Callable[[], object]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    work: Conversations,
+    tick: Callable[[], object],
 ) -> Way:
     """Hold the conversations through an engine that is told nothing but each turn's whole prompt."""
     way = Way(name="kvhybrid")

@@ -7,20 +7,19 @@ shows it the whole prompt before transformers slices it.
 
 from __future__ import annotations
 
-import weakref
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import IMPLEMENTATION, register
+from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.transformers_cache import PagedSession
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
     import torch
     from transformers import PreTrainedModel
@@ -39,8 +38,8 @@ class Attachment:
         self.cache = cache
         self.route = route
         self.reason = reason
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
-        self._generate = model.generate
+        self.vocab_size = vocab_size(model)
+        self._generate = cast("Callable[..., Any]", model.generate)
         self._attention = PagedAttention(cache.storage)
         self._implementation: str = model.config._attn_implementation
         self._hooks: list[Any] = []
@@ -57,7 +56,7 @@ class Attachment:
         ]
         self.cache.on_session(self.session)
         setattr(model, _ATTACHED, self)
-        model.generate = self.generate
+        model.generate = self.generate  # type: ignore[assignment]  # shadows the method, detach deletes it
         return self
 
     def detach(self) -> None:
@@ -107,7 +106,9 @@ class Attachment:
         elif isinstance(past, PagedSession) and past.rows.cache is self.cache:
             session = past
             if ids is None:
-                raise InvalidRequestError("a session needs the prompt's token ids, got none (inputs_embeds hide them)")
+                raise InvalidRequestError(
+                    "a session needs the prompt's token ids, got none (inputs_embeds hide them)"
+                )
         else:
             return self._generate(inputs, *args, **kwargs)
         session.rows.prepare(ids, kwargs.get("attention_mask"))
@@ -131,13 +132,13 @@ class Attachment:
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids: torch.Tensor | None = kwargs.get("input_ids", args[0] if args else None)
         if ids is None:
             raise InvalidRequestError("a session needs input_ids, got none (inputs_embeds hide the tokens)")
         evicted = rows.reopen()
         if evicted is not None:
-            again, mask = (t.to(ids.device) for t in evicted)
-            model(input_ids=again, attention_mask=mask, past_key_values=session, use_cache=True)
+            again, seen = (t.to(ids.device) for t in evicted)
+            model(input_ids=again, attention_mask=seen, past_key_values=session, use_cache=True)
         mask = kwargs.get("attention_mask")
         skip = rows.refed(ids)
         rows.begin(ids[:, skip:], mask)

@@ -96,15 +96,19 @@ class PagedAttention:
         # Softmax in float32: a half's 8 or 11 bits do not hold a sum over thousands of tokens.
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
         widths = [keys.shape[-2] * (keys.shape[0] if keys.dim() == 4 else 1) for keys, _ in pieces]
-        parts = [_values(w, values) for w, (_, values) in zip(weights.split(widths, dim=-1), pieces, strict=True)]
+        parts = [
+            _values(w, values) for w, (_, values) in zip(weights.split(widths, dim=-1), pieces, strict=True)
+        ]
         total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return total.view(heads, count, storage.layout.value_head_dim)
 
     def _pieces(
         self, span: Span, layer: int, start: int, dtype: torch.dtype
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return views that cover ``[start, total)``: ``[heads, tokens, width]`` of one page's part, or
-        ``[pages, heads, block_size, width]`` of a run, in order."""
+        """Return views that cover ``[start, total)``, in order.
+
+        ``[heads, tokens, width]`` of one page's part, ``[pages, heads, block_size, width]`` of a run.
+        """
         size = self.storage.block_size
         pools = self.storage.keys[layer], self.storage.values[layer]
         low, high = -(-start // size), span.total // size
@@ -162,7 +166,9 @@ class PagedAttention:
         group = heads // keys.shape[0]
         folded = q.reshape(1, keys.shape[0], group * count, dim)
         mask = seen.repeat(group, 1)
-        rows = functional.scaled_dot_product_attention(folded, keys[None], values[None], attn_mask=mask, scale=scale)
+        rows = functional.scaled_dot_product_attention(
+            folded, keys[None], values[None], attn_mask=mask, scale=scale
+        )
         return rows.view(heads, count, values.shape[-1])
 
     def _gathered(

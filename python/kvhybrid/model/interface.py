@@ -35,7 +35,7 @@ def running_paged(value: bool) -> None:
 class PageHandle(torch.Tensor):
     """The step's own keys, marked with the pages where their past lies."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way
     pages: tuple[PagedAttention, Step, int, torch.Tensor]
 
     @classmethod
@@ -68,7 +68,9 @@ def paged_attention_forward(
         return output, weights
     for name in REFUSED:
         if kwargs.get(name) is not None:
-            raise UnsupportedError(f"{type(module).__name__} attends with {name}, which the paged route does not compute")
+            raise UnsupportedError(
+                f"{type(module).__name__} attends with {name}, which the paged route does not compute"
+            )
     attention, step, layer, plain = key.pages
     return attention.attend(step, layer, query, plain, value, scaling, sliding_window), None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 
@@ -11,27 +11,34 @@ from kvhybrid.errors import InvalidRequestError, UnsupportedError
 if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
+    from transformers import PreTrainedModel
 
     Ids: TypeAlias = npt.NDArray[np.int64]
 
 
-def read_ids(input_ids: torch.Tensor, vocab_size: int) -> Ids:
+def read_ids(input_ids: torch.Tensor, num_ids: int) -> Ids:
     """Return ``[batch, tokens]`` ids on the CPU; raises ``InvalidRequestError`` when one is out of range."""
     if input_ids.dim() != 2:
         raise InvalidRequestError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
     ids: Ids = input_ids.detach().cpu().numpy().astype(np.int64, copy=False)
     if ids.size == 0:
         raise InvalidRequestError(f"the prompt is empty: input_ids is {list(input_ids.shape)}")
-    check_ids(ids, vocab_size)
+    check_ids(ids, num_ids)
     return ids
 
 
-def check_ids(ids: npt.NDArray[np.integer], vocab_size: int) -> None:
-    """Raise ``InvalidRequestError`` unless every id is in ``[0, vocab_size)``."""
+def vocab_size(model: PreTrainedModel) -> int:
+    """Return how many token ids the model has embeddings for."""
+    weight = cast("torch.Tensor", model.get_input_embeddings().weight)
+    return int(weight.shape[0])
+
+
+def check_ids(ids: npt.NDArray[np.integer], num_ids: int) -> None:
+    """Raise ``InvalidRequestError`` unless every id is in ``[0, num_ids)``."""
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab_size:
+    if low < 0 or high >= num_ids:
         wrong = low if low < 0 else high
-        raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {vocab_size})")
+        raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {num_ids})")
 
 
 def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[int]:
@@ -43,7 +50,9 @@ def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[in
     if mask is None:
         return [0] * batch
     if mask.dim() != 2:
-        raise UnsupportedError(f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only")
+        raise UnsupportedError(
+            f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only"
+        )
     if mask.shape[0] != batch or mask.shape[1] != columns:
         raise InvalidRequestError(f"attention_mask is {list(mask.shape)}, expected [{batch}, {columns}]")
     seen = mask.detach().cpu().numpy().astype(bool)
@@ -55,6 +64,7 @@ def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[in
             raise InvalidRequestError(f"row {row} is empty: attention_mask hides all of its {columns} tokens")
         if not seen[row, pad:].all():
             raise UnsupportedError(
-                f"row {row}: attention_mask hides tokens after position {pad}; a session takes left padding only"
+                f"row {row}: attention_mask hides tokens after position {pad}; a session takes left padding "
+                "only"
             )
     return [int(pad) for pad in pads]

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import Route
 
 if TYPE_CHECKING:
@@ -53,7 +54,9 @@ def refuse(model: PreTrainedModel) -> None:
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: only decoders are served")
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedError(f"{name} keeps a recurrent state, which is not K and V: it cannot be cached in pages")
+        raise UnsupportedError(
+            f"{name} keeps a recurrent state, which is not K and V: it cannot be cached in pages"
+        )
 
 
 def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Route, str]:
@@ -97,7 +100,7 @@ def _try(model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch
 def _logits(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
     """Run the probe's text through ``model`` and return the real tokens' logits, ``[tokens, vocab]``."""
     total = sum(STEPS)
-    vocab = int(model.get_input_embeddings().weight.shape[0])
+    vocab = vocab_size(model)
     ids = ((torch.arange(2 * total) * 7 + 3) % vocab).view(2, total).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0

@@ -74,8 +74,8 @@ class SessionRows:
             # The text so far is left as it is, and ``begin`` appends the new tokens to it.
             if self.num_rows != batch or mask.shape[1] != self.columns + width:
                 raise InvalidRequestError(
-                    f"attention_mask is {list(mask.shape)} for input_ids {list(ids.shape)}, but the session holds "
-                    f"{self.num_rows} rows of {self.columns} columns: pass the whole prompt"
+                    f"attention_mask is {list(mask.shape)} for input_ids {list(ids.shape)}, but the session "
+                    f"holds {self.num_rows} rows of {self.columns} columns: pass the whole prompt"
                 )
             return
         pads = read_padding(mask, batch, width)
@@ -93,7 +93,9 @@ class SessionRows:
         ids = read_ids(input_ids, self._vocab_size)
         for row, (pad, held) in enumerate(zip(self._pads, self._held(), strict=True)):
             if not np.array_equal(ids[row, pad : self.columns], held):
-                raise InvalidRequestError(f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared")
+                raise InvalidRequestError(
+                    f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared"
+                )
         return self.columns
 
     def _held(self) -> list[Text]:
@@ -121,8 +123,11 @@ class SessionRows:
         self.reader.forget(0)
 
     def reopen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Take the pages back after ``release``. Returns ``(input_ids, attention_mask)`` of columns that
-        were evicted meanwhile and must be computed again first, or None."""
+        """Take the pages back after ``release``.
+
+        Returns ``(input_ids, attention_mask)`` of columns that were evicted meanwhile and must be
+        computed again first, or None.
+        """
         if self.sequences or not self._texts:
             return None
         pads, texts, columns = self._pads, self._texts, self.columns
@@ -134,8 +139,8 @@ class SessionRows:
             return None
         ids = np.zeros((len(texts), columns), np.int64)
         mask = np.zeros_like(ids)
-        for row, (pad, text) in enumerate(zip(pads, texts, strict=True)):
-            ids[row, pad:], mask[row, pad:] = text, 1
+        for index, (pad, text) in enumerate(zip(pads, texts, strict=True)):
+            ids[index, pad:], mask[index, pad:] = text, 1
         return torch.from_numpy(ids[:, self.columns :]), torch.from_numpy(mask)
 
     def begin(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
@@ -150,7 +155,9 @@ class SessionRows:
         ids = read_ids(input_ids, self._vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() != 2:
-            raise UnsupportedError(f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only")
+            raise UnsupportedError(
+                f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only"
+            )
         if not self.sequences:
             self._pads = read_padding(mask, batch, width)
             self.sequences = [
@@ -161,7 +168,9 @@ class SessionRows:
         elif len(self.sequences) != batch:
             # Beams and several answers a prompt repeat each row in place.
             if batch % len(self.sequences):
-                raise InvalidRequestError(f"input_ids has {batch} rows, the session was begun with {self.num_rows}")
+                raise InvalidRequestError(
+                    f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
+                )
             self.repeat(batch // len(self.sequences))
         if mask is not None and mask.shape[1] != self.columns + width:
             raise InvalidRequestError(
@@ -170,7 +179,8 @@ class SessionRows:
             )
         if mask is not None and int(mask.sum()) != batch * mask.shape[1] - sum(self._pads):
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
-        counts, places = np.zeros(batch, np.int32), []
+        counts = np.zeros(batch, np.int32)
+        places: list[tuple[int, int]] = []
         appended = self._feed(ids, counts, places)
         try:
             if self._batch is None:

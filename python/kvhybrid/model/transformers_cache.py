@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers.cache_utils import Cache
 
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
-    import torch
-
     from kvhybrid.model.session_rows import SessionRows
 
 
@@ -45,8 +44,8 @@ class PagedSession(Cache):
         step = self.rows.step
         if step is None:
             raise UnsupportedError(
-                "this session was passed to a model that it is not attached to: call kvhybrid.attach(model, cache), "
-                "and pass the session to that model itself, not to a part of it"
+                "this session was passed to a model that it is not attached to: call "
+                "kvhybrid.attach(model, cache), and pass the session to that model, not to a part of it"
             )
         step.write(layer_idx, key_states, value_states)
         return self.rows.reader.read(step, layer_idx, key_states, value_states)
@@ -60,8 +59,10 @@ class PagedSession(Cache):
         return self.rows.columns
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """Return ``(columns after this forward pass, 0)``. Up to transformers 5.3 the argument is a tensor
-        of positions."""
+        """Return ``(columns after this forward pass, 0)``.
+
+        Up to transformers 5.3 the argument is a tensor of positions.
+        """
         width = query_length if isinstance(query_length, int) else query_length.shape[0]
         return self.rows.columns + width, 0
 
