@@ -7,14 +7,14 @@ Knows shapes and bytes. Refuses to know which tokens a page holds or who may rea
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from kvhybrid.layout import KVLayout
 
@@ -124,24 +124,38 @@ class PageStorage:
         self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
         """Copy a row's tokens ``[start, stop)`` to ``out``: a pair of ``[num_kv_heads, tokens, width]``."""
-        size = self.block_size
-        low, high = -(-start // size), stop // size
-        for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):
-            for index, first, last in partial_blocks(start, stop, size):
-                lead = index * size + first - start
-                target[:, lead : lead + last - first] = pages[int(table.ids[index])][:, first:last]
-            if low >= high:
-                continue
-            blocks = target[:, low * size - start : high * size - start].unflatten(1, (high - low, size))
-            runs = table.runs(low, high)
-            if len(runs) > MAX_RUNS:
-                chosen = pages.index_select(0, self.to_device(table.ids[low:high]))
-                blocks.copy_(chosen.transpose(0, 1))
-                continue
-            done = 0
-            for page, count in runs:
-                blocks[:, done : done + count].copy_(pages[page : page + count].transpose(0, 1))
-                done += count
+        size, done = self.block_size, 0
+        pieces = table.pieces(start, stop, size)
+        for piece in pieces:
+            tokens = piece.last - piece.first if piece.pages == 0 else piece.pages * size
+            for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):
+                held, room = self.view(pages, piece), target[:, done : done + tokens]
+                if piece.pages:
+                    room, held = room.unflatten(1, (piece.pages, size)), held.transpose(0, 1)
+                room.copy_(held)
+            done += tokens
+
+    def view(self, pages: torch.Tensor, piece: Piece, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a piece of one layer's ``pages``: a view, or, of scattered pages, a copy (into ``out``).
+
+        ``[num_kv_heads, tokens, width]`` of one page's part, ``[pages, num_kv_heads, block_size, width]``.
+        """
+        if piece.scattered is not None:
+            return torch.index_select(pages, 0, self.to_device(piece.scattered), out=out)
+        if piece.pages == 0:
+            return pages[piece.page, :, piece.first : piece.last]
+        return pages[piece.page : piece.page + piece.pages]
+
+
+class Piece(NamedTuple):
+    """Neighbouring tokens of one row: ``pages`` whole pages from ``page`` on, or, of none, a part of it."""
+
+    page: int
+    pages: int
+    first: int = 0
+    last: int = 0
+    scattered: torch.Tensor | None = None
+    """Ids of pages that are too many runs to read one by one."""
 
 
 # Past this many runs of pages one index_select costs less than a call a run.
@@ -149,33 +163,37 @@ MAX_RUNS = 8
 
 
 class PageTable:
-    """One row's page ids for one step, and its runs of consecutive pages (each run is one view)."""
+    """One row's page ids for one step, int64 on the CPU, and the pieces that they fall into."""
 
-    __slots__ = ("_runs", "ids")
+    __slots__ = ("_pieces", "ids")
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
-        self._runs: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        self._pieces: dict[tuple[int, int], list[Piece]] = {}
 
-    def runs(self, low: int, high: int) -> list[tuple[int, int]]:
-        """Return the runs of blocks ``[low, high)`` as ``(first page, pages)``; found once a step."""
-        known = self._runs.get((low, high))
+    def pieces(self, start: int, stop: int, size: int) -> list[Piece]:
+        """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer."""
+        known = self._pieces.get((start, stop))
         if known is None:
-            ids = self.ids[low:high]
-            breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
-            edges = [0, *(at + 1 for at in breaks), len(ids)]
-            known = [(int(ids[a]), b - a) for a, b in itertools.pairwise(edges) if a < b]
-            self._runs[(low, high)] = known
+            known = self._pieces[start, stop] = list(self._find(start, stop, size))
         return known
 
-
-def partial_blocks(start: int, stop: int, size: int) -> list[tuple[int, int, int]]:
-    """Return the partly covered blocks of ``[start, stop)`` as ``(block, first, last)`` offsets."""
-    if start >= stop:
-        return []
-    found = []
-    for index in dict.fromkeys((start // size, (stop - 1) // size)):
-        first, last = max(start - index * size, 0), min(stop - index * size, size)
-        if last - first < size:
-            found.append((index, first, last))
-    return found
+    def _find(self, start: int, stop: int, size: int) -> Iterator[Piece]:
+        if start >= stop:
+            return
+        low, high = -(-start // size), stop // size
+        if low > high:  # all within one page
+            yield Piece(int(self.ids[high]), 0, start % size, stop % size)
+            return
+        if start % size:
+            yield Piece(int(self.ids[low - 1]), 0, start % size, size)
+        if low < high:
+            ids = self.ids[low:high]
+            breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
+            if len(breaks) >= MAX_RUNS:
+                yield Piece(0, high - low, scattered=ids)
+            else:
+                for a, b in itertools.pairwise([0, *(at + 1 for at in breaks), high - low]):
+                    yield Piece(int(ids[a]), b - a)
+        if stop % size:
+            yield Piece(int(self.ids[high]), 0, 0, stop % size)

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from kvhybrid.cache.pages import MAX_RUNS, partial_blocks
-
 if TYPE_CHECKING:
-    from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.cache.pages import PageStorage, Piece
     from kvhybrid.cache.step import Span, Step
 
 # Up to this many new tokens a row, reading pages in place beats gathering them.
@@ -56,89 +54,70 @@ class PagedAttention:
         """
         batch, heads, tokens, _ = query.shape
         scale = scale if scale is not None else query.shape[-1] ** -0.5
+        if batch == 1 and len(step.spans) == 1 and step.num_tokens == tokens:
+            rows = self._attend_row(step.spans[0], layer, query[0], key[0], value[0], scale, window)
+            return rows.transpose(0, 1)[None]
         out = query.new_zeros if step.num_tokens < batch * tokens else query.new_empty
         result = out((batch, tokens, heads, value.shape[-1]))
         for span in step.spans:
             new = slice(span.column, span.column + span.count)
             q, k, v = query[span.row, :, new], key[span.row, :, new], value[span.row, :, new]
-            if window is not None and window < span.total:
-                rows = self._windowed(span, layer, q, scale, window)
-            elif span.past == 0 and span.count > 1:
-                rows = functional.scaled_dot_product_attention(
-                    q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=k.shape[0] != heads
-                )[0]
-            elif span.count <= FEW_TOKENS:
-                rows = self._in_place(span, layer, q, scale, 0)
-            elif q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-                rows = self._merged(span, layer, q, k, v, scale)
-            else:
-                rows = self._masked(span, layer, q, scale, 0, None)
-            result[span.row, new] = rows.transpose(0, 1)
+            result[span.row, new] = self._attend_row(span, layer, q, k, v, scale, window).transpose(0, 1)
         return result
 
-    def _windowed(self, span: Span, layer: int, q: torch.Tensor, scale: float, window: int) -> torch.Tensor:
-        if span.count == 1:
-            return self._in_place(span, layer, q, scale, span.total - window)
-        return self._masked(span, layer, q, scale, max(span.past + 1 - window, 0), window)
+    def _attend_row(
+        self,
+        span: Span,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend for one row: ``q`` ``[heads, count, head_dim]``, returned with the value width."""
+        if window is not None and window < span.total:
+            if span.count == 1:
+                return self._in_place(span, layer, q, scale, span.total - window)
+            return self._masked(span, layer, q, scale, max(span.past + 1 - window, 0), window)
+        if span.past == 0 and span.count > 1:
+            return functional.scaled_dot_product_attention(
+                q[None], k[None], v[None], is_causal=True, scale=scale, enable_gqa=k.shape[0] != q.shape[0]
+            )[0]
+        if span.count <= FEW_TOKENS:
+            return self._in_place(span, layer, q, scale, 0)
+        if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
+            return self._merged(span, layer, q, k, v, scale)
+        return self._masked(span, layer, q, scale, 0, None)
 
     def _in_place(self, span: Span, layer: int, q: torch.Tensor, scale: float, start: int) -> torch.Tensor:
         """Attend over ``[start, total)`` reading pages where they lie. ``q`` ``[heads, count, head_dim]``."""
         storage, kv_heads = self.storage, self.storage.layout.num_kv_heads
         heads, count, dim = q.shape
         folded = (q * scale).reshape(kv_heads, heads // kv_heads * count, dim)
-        pieces = list(self._pieces(span, layer, start, q.dtype))
-        scores = torch.cat([_scores(folded, keys) for keys, _ in pieces], dim=-1)
+        pieces = span.table.pieces(start, span.total, storage.block_size)
+        keys = [self._view("k", storage.keys[layer], piece, q.dtype) for piece in pieces]
+        scores = [_scores(folded, piece) for piece in keys]
+        joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
         if count > 1:
-            past = torch.arange(scores.shape[-1], device=q.device) + start
-            own = torch.arange(count, device=q.device) + span.past
-            hidden = past[None] > own[:, None]
-            scores.view(kv_heads, -1, count, scores.shape[-1]).masked_fill_(hidden, -math.inf)
+            seen = torch.arange(start, span.total, device=q.device)
+            own = torch.arange(span.past, span.total, device=q.device)
+            hidden = seen > own[:, None]
+            joined.view(kv_heads, -1, count, len(seen)).masked_fill_(hidden, -math.inf)
         # Softmax in float32: a half's 8 or 11 bits do not hold a sum over thousands of tokens.
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-        widths = [keys.shape[-2] * (keys.shape[0] if keys.dim() == 4 else 1) for keys, _ in pieces]
-        parts = [
-            _values(w, values) for w, (_, values) in zip(weights.split(widths, dim=-1), pieces, strict=True)
-        ]
-        total = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        return total.view(heads, count, storage.layout.value_head_dim)
+        weights = torch.softmax(joined, dim=-1, dtype=torch.float32).to(q.dtype)
+        total, done = None, 0
+        for piece, score in zip(pieces, scores, strict=True):
+            width = score.shape[-1]
+            values = self._view("v", storage.values[layer], piece, q.dtype)
+            part = _values(weights[..., done : done + width], values)
+            total, done = part if total is None else total.add_(part), done + width
+        assert total is not None  # a row has at least the token that attends
+        return total.view(heads, count, -1)
 
-    def _pieces(
-        self, span: Span, layer: int, start: int, dtype: torch.dtype
-    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return views that cover ``[start, total)``, in order.
-
-        ``[heads, tokens, width]`` of one page's part, ``[pages, heads, block_size, width]`` of a run.
-        """
-        size = self.storage.block_size
-        pools = self.storage.keys[layer], self.storage.values[layer]
-        low, high = -(-start // size), span.total // size
-        edges = {i: (a, b) for i, a, b in partial_blocks(start, span.total, size)}
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-        def edge(index: int) -> None:
-            first, last = edges[index]
-            page = int(span.table.ids[index])
-            found.append((pools[0][page][:, first:last], pools[1][page][:, first:last]))
-
-        if start // size in edges and start // size < low:
-            edge(start // size)
-        if low < high:
-            runs = span.table.runs(low, high)
-            if len(runs) > MAX_RUNS:
-                chosen = self.storage.to_device(span.table.ids[low:high])
-                found.append(
-                    (
-                        torch.index_select(pools[0], 0, chosen, out=self._buffer("k", pools[0], high - low)),
-                        torch.index_select(pools[1], 0, chosen, out=self._buffer("v", pools[1], high - low)),
-                    )
-                )
-            else:
-                found.extend((pools[0][p : p + n], pools[1][p : p + n]) for p, n in runs)
-        if high in edges and high >= low:
-            edge(high)
-        if dtype != self.storage.dtype:
-            return [(keys.to(dtype), values.to(dtype)) for keys, values in found]
-        return found
+    def _view(self, name: str, pool: torch.Tensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+        out = self._buffer(name, pool, piece.pages) if piece.scattered is not None else None
+        return self.storage.view(pool, piece, out).to(dtype)
 
     def _merged(
         self, span: Span, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
