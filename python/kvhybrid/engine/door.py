@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 
 from kvhybrid._core import TokenBuffer
 from kvhybrid.errors import CapacityError, InvalidRequestError
@@ -45,7 +46,9 @@ class Door:
     ) -> None:
         self.tokenizer = tokenizer
         self.capacity = capacity
-        self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
+        weight = model.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        self.vocab_size = weight.shape[0]
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 0)
         self.end_ids = _end_ids(model, tokenizer)
@@ -141,8 +144,9 @@ class Door:
 
 
 def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """The tokens that end an answer: the model's own word for it, else the tokenizer's."""
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+    """The tokens that end an answer: those that end ``model.generate``, else the tokenizer's."""
+    config = getattr(model, "generation_config", None) or model.config
+    for source in (config, tokenizer):
         found = getattr(source, "eos_token_id", None)
         if found is not None:
             return frozenset(found if isinstance(found, list | tuple) else [found])

@@ -7,9 +7,11 @@ takes longer is the lane's, in its thread.
 from __future__ import annotations
 
 import time
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.from_thread
 import anyio.to_thread
 
 from kvhybrid.engine.statistics import Statistics
@@ -38,26 +40,53 @@ class Driver:
         self._lane = lane
         self._scheduler = scheduler
         self._tickets: dict[int, Ticket] = {}
-        self._limiter = anyio.CapacityLimiter(1)  # the lane's thread: nobody else's work delays a step
+        self._work: SimpleQueue[list[Running] | None] = SimpleQueue()  # for the thread; None ends it
+        self._outcome: Outcome | None = None
         self._wake = anyio.Event()
         self._stopping = False
 
     @property
     def num_running(self) -> int:
-        """Requests that hold pages."""
-        return len(self._lane.rows)
+        """Requests that were let in and are neither queued nor over."""
+        return len(self._tickets) - len(self._scheduler)
 
     async def run(self) -> None:
         """Step while there is work, until ``stop`` or cancellation; then end every request."""
         try:
-            while not self._stopping:
-                if self._scheduler or self._lane.rows:
-                    await self._step()
-                else:
-                    self._wake = anyio.Event()
-                    await self._wake.wait()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._keep_thread)
+                try:
+                    while not self._stopping:
+                        if self._scheduler or self._lane.rows:
+                            await self._step()
+                        else:
+                            await self._sleep()
+                finally:
+                    self._work.put(None)
         finally:
             self._end()
+
+    async def _keep_thread(self) -> None:
+        # One thread from first step to last: torch keeps a team of workers for each thread that calls it.
+        # A limiter of its own: nobody else's work in threads delays a step.
+        await anyio.to_thread.run_sync(self._serve, limiter=anyio.CapacityLimiter(1))
+
+    def _serve(self) -> None:
+        """Step whenever the event loop says so. Runs in the lane's thread."""
+        while (candidates := self._work.get()) is not None:
+            try:
+                outcome = self._lane.step(candidates)
+            except Exception as error:  # noqa: BLE001  # a defect of ours must not end the engine
+                outcome = self._lane.fail(candidates, error)
+            anyio.from_thread.run_sync(self._arrive, outcome)
+
+    def _arrive(self, outcome: Outcome) -> None:
+        self._outcome = outcome
+        self._wake.set()
+
+    async def _sleep(self) -> None:
+        self._wake = anyio.Event()
+        await self._wake.wait()
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request."""
@@ -87,10 +116,11 @@ class Driver:
         if self._lane.has_room():
             candidates = self._scheduler.pop(self.max_running - len(self._lane.rows))
         began = time.perf_counter()
-        try:
-            outcome = await anyio.to_thread.run_sync(self._lane.step, candidates, limiter=self._limiter)
-        except Exception as error:  # noqa: BLE001  # a defect of ours must not end the engine
-            outcome = self._lane.fail(candidates, error)
+        self._work.put(candidates)
+        # Requests wake the driver, too: only an outcome ends the wait.
+        while (outcome := self._outcome) is None:
+            await self._sleep()
+        self._outcome = None
         self._count(outcome, (time.perf_counter() - began) * 1e3)
         self._deliver(outcome)
 

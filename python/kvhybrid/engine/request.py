@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +34,8 @@ ALLOWED: Final = {
     "priority": f"a whole number from {-(2**31)} to {2**31 - 1}",
     "deadline": "a finite number of seconds above 0",
 }
+_short = Repr()
+_short.maxstring = _short.maxother = 60
 PROMPTS: Final = ("text", "messages", "token_ids")
 
 
@@ -136,7 +139,7 @@ def check_names(**names: object) -> None:
     """Raise ``InvalidRequestError`` unless ``session_id`` or ``tenant`` could be a request's."""
     for name, value in names.items():
         if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME:
-            raise InvalidRequestError(f"{name}={value!r}: must be {ALLOWED[name]}")
+            raise InvalidRequestError(f"{name}={_short.repr(value)}: must be {ALLOWED[name]}")
 
 
 def _unknown(value: Mapping[str, Any]) -> str:
@@ -154,7 +157,5 @@ def _describe(error: ValidationError) -> str:
             found.append(str(item["ctx"]["error"]))
             continue
         name = str(item["loc"][0])
-        value = repr(item["input"])
-        shown = value if len(value) <= 80 else f"{value[:77]}..."
-        found.append(f"{name}={shown}: must be {ALLOWED[name]}")
+        found.append(f"{name}={_short.repr(item['input'])}: must be {ALLOWED[name]}")
     return "; ".join(dict.fromkeys(found))

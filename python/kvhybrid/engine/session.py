@@ -75,7 +75,7 @@ class Session:
         return finished.answer()
 
     def stream(self, prompt: str | Sequence[Mapping[str, Any]], **parameters: Any) -> Stream:
-        """Append a turn and return its answer as a stream; once the last piece is fetched, the turn counts."""
+        """Append a turn and return its answer as a stream; it counts once the last piece is fetched."""
         request = self._begin(prompt, parameters)
         return self._intake.stream(request, partial(self._prepare, request), partial(self._end, request))
 
@@ -133,8 +133,8 @@ class Session:
         before = self._rendered + ANSWER
         if not rendered.startswith(before):
             raise UnsupportedError(
-                f"session {self.id!r}: the chat template renders turns 1 to {self.num_turns} differently once "
-                "another follows, so nothing can be appended: pass the whole chat to process_request"
+                f"session {self.id!r}: the chat template renders turns 1 to {self.num_turns} differently "
+                "once another follows, so nothing can be appended: pass the whole chat to process_request"
             )
         added = rendered[len(before) :]
         if self._end_text and added.lstrip().startswith(self._end_text):

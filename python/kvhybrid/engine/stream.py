@@ -64,7 +64,9 @@ class Stream:
     async def _next(self) -> Piece | None:
         if math.isnan(self._expires):
             self._expires = anyio.current_time() + self._deadline if self._deadline else math.inf
-        with anyio.CancelScope(deadline=self._expires) as scope:
+        # What was finished in time may be read at leisure.
+        finished = self._ticket is not None and self._ticket.is_over
+        with anyio.CancelScope(deadline=math.inf if finished else self._expires) as scope:
             if self._ticket is None:
                 self._ticket = await self._submit()
             else:

@@ -60,7 +60,8 @@ def _load_weights(path: str | Path, device: torch.device, dtype: torch.dtype | N
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"model={str(path)!r} is a {type(model).__name__}, no transformers model")
     model.to(device)  # type: ignore[arg-type]  # the wrapper around `to` hides its signature
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded
 
 
 def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

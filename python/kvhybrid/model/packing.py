@@ -45,7 +45,9 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, s
 
 
 def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
-    vocab = int(model.get_input_embeddings().weight.shape[0])
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    vocab = weight.shape[0]
     lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
     texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
     expected = torch.cat(_own_logits(model, texts))

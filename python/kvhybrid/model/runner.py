@@ -44,7 +44,10 @@ class Runner:
         self._storage = storage
         self._paged = PagedReader(PagedAttention(storage))
         self._mirrors: dict[int, MaterialisedReader] = {}
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        parameters = inspect.signature(model.forward).parameters
+        self._keeps_logits = "logits_to_keep" in parameters
+        # Models that count positions themselves (BLOOM) count right when rows come one by one.
+        self._takes_positions = "position_ids" in parameters or packing is Packing.RAGGED
         self._implementation: str = model.config._attn_implementation
         if packing is Packing.RAGGED and self._implementation != IMPLEMENTATION:
             register()
@@ -71,15 +74,18 @@ class Runner:
     def _forward(self, step: Step, tokens: torch.Tensor, reader: Reader, columns: int) -> torch.Tensor:
         positions = torch.cat([torch.arange(span.past, span.total) for span in step.spans])
         last = torch.tensor([span.count for span in step.spans]).cumsum(0) - 1
-        cut: dict[str, Any] = {"logits_to_keep": last.to(tokens.device)} if self._keeps_logits else {}
+        options: dict[str, Any] = {}
+        if self._keeps_logits:
+            options["logits_to_keep"] = last.to(tokens.device)
+        if self._takes_positions:
+            options["position_ids"] = positions[None].to(tokens.device)
         reader.start(step, columns)
         try:
             output = self.model(
                 input_ids=tokens[None],
-                position_ids=positions[None].to(tokens.device),
                 past_key_values=StepCache(step, reader, columns),
                 use_cache=True,
-                **cut,
+                **options,
             )
         finally:
             reader.end()
