@@ -142,7 +142,9 @@ class Plan:
 class PagePool:
     """Pages of ``block_size`` tokens, the prefix tree over them, and who must leave first."""
 
-    def __new__(cls, num_pages: int, block_size: int) -> PagePool: ...
+    def __new__(cls, num_pages: int, block_size: int, *, keep_tails: bool = True) -> PagePool:
+        """``keep_tails``: a closed sequence leaves its last, partly filled block behind, too, so that a
+        short prompt, or what follows the last full block, is found again; else full blocks only."""
     @property
     def num_pages(self) -> int: ...
     @property

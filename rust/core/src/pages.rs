@@ -74,6 +74,11 @@ impl Pages {
         self.holders[page.index()] == IN_TREE
     }
 
+    /// True when one sequence alone holds the page.
+    pub(crate) fn is_mutable(&self, page: PageId) -> bool {
+        self.holders[page.index()] == 1
+    }
+
     /// True when a write into the page would be seen by someone else.
     pub(crate) fn must_copy(&self, page: PageId) -> bool {
         self.holders[page.index()] > 1

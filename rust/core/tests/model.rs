@@ -79,6 +79,9 @@ struct Model {
     memory: Vec<u64>,
     /// Every prefix that was ever sealed, by namespace.
     sealed: HashSet<(u64, Vec<u32>)>,
+    /// Tails of sequences that were closed in an open plan: the tree may have them.
+    perhaps: HashSet<(u64, Vec<u32>)>,
+    keep_tails: bool,
 }
 
 fn digest(namespace: u64, tokens: &[u32]) -> u64 {
@@ -92,14 +95,16 @@ fn shared(a: &[u32], b: &[u32]) -> usize {
 }
 
 impl Model {
-    fn new(pages: usize, block: usize) -> Self {
+    fn new(pages: usize, block: usize, keep_tails: bool) -> Self {
         Self {
-            pool: Pool::new(pages, block).unwrap(),
+            pool: Pool::new(pages, block, keep_tails).unwrap(),
             block,
             texts: Vec::new(),
             plans: Vec::new(),
             memory: vec![0; pages * block],
             sealed: HashSet::new(),
+            perhaps: HashSet::new(),
+            keep_tails,
         }
     }
 
@@ -180,9 +185,7 @@ impl Model {
             }
             Step::Close { of } => {
                 let Some(of) = self.pick(of) else { return };
-                self.pool.close(self.texts[of].id);
-                assert!(self.pool.is_closed(self.texts[of].id));
-                self.texts[of].is_closed = true;
+                self.close(of);
             }
             Step::Evict { pages } => {
                 let could = self.pool.num_evictable();
@@ -192,6 +195,31 @@ impl Model {
                 self.pool.drop_namespace(Namespace(namespace));
             }
         }
+    }
+
+    /// Close a text. Its last, partly filled block stays when no fork holds the page.
+    fn close(&mut self, of: usize) {
+        let Text { id, namespace, length, share, is_planned, .. } = self.texts[of];
+        let tail = (namespace, self.texts[of].tokens[..length].to_vec());
+        if !self.keep_tails || !share {
+        } else if is_planned {
+            let tokens = &self.texts[of].tokens;
+            self.perhaps.extend((0..=tokens.len()).map(|end| (namespace, tokens[..end].to_vec())));
+        } else if length > 0 {
+            let page = self.pool.block_table(id).unwrap()[(length - 1) / self.block];
+            let mut others = self.texts.iter().filter(|text| !text.is_closed && text.id != id);
+            let mut copies = self.plans.iter().flat_map(|open| open.plan.copies());
+            if others.any(|text| self.pool.block_table(text.id).unwrap().contains(&page))
+                || copies.any(|(source, _)| *source == page)
+            {
+                self.perhaps.insert(tail);
+            } else {
+                self.sealed.insert(tail);
+            }
+        }
+        self.pool.close(id);
+        assert!(self.pool.is_closed(id));
+        self.texts[of].is_closed = true;
     }
 
     fn open(&mut self, namespace: u64, tokens: Vec<u32>, reuse: bool, share: bool, align: usize) {
@@ -311,10 +339,12 @@ impl Model {
     /// What an undone plan must leave as it was.
     fn snapshot(&self) -> (Vec<u64>, Vec<usize>, Vec<(usize, usize, Vec<u32>)>) {
         let now = self.pool.statistics();
-        let numbers = vec![now.free_pages, now.mutable_pages, now.sealed_pages, now.shared_pages, now.pinned_pages, now.nodes];
+        let numbers =
+            vec![now.free_pages, now.mutable_pages, now.sealed_pages, now.shared_pages, now.pinned_pages, now.nodes];
         let mut prefixes: Vec<_> = self.sealed.iter().collect();
         prefixes.sort_unstable();
-        let found = prefixes.iter().map(|(namespace, tokens)| self.pool.matched(Namespace(*namespace), tokens)).collect();
+        let found =
+            prefixes.iter().map(|(namespace, tokens)| self.pool.matched(Namespace(*namespace), tokens)).collect();
         let open = self.texts.iter().filter(|text| !text.is_closed);
         let texts = open.map(|text| {
             let table = self.pool.block_table(text.id).unwrap().iter().map(|page| page.0).collect();
@@ -338,7 +368,9 @@ impl Model {
                     let expected = digest(text.namespace, &text.tokens[..=position]);
                     assert_eq!(self.memory[slot], expected, "position {position} of {:?}", text.tokens);
                 }
-            } else if let Some(open) = self.plans.iter().find(|open| open.rows.iter().any(|row| row.2 > 0 && self.texts[row.0].id == text.id)) {
+            } else if let Some(open) =
+                self.plans.iter().find(|open| open.rows.iter().any(|row| row.2 > 0 && self.texts[row.0].id == text.id))
+            {
                 let row = open.rows.iter().find(|row| self.texts[row.0].id == text.id).unwrap();
                 for page in &table[row.1 / self.block..] {
                     *writers.entry(page.0).or_default() += 1;
@@ -351,9 +383,11 @@ impl Model {
             let matched = self.pool.matched(Namespace(text.namespace), &text.tokens);
             let known = self.sealed.iter().filter(|(namespace, _)| *namespace == text.namespace);
             let naive = known.map(|(_, tokens)| shared(tokens, &text.tokens)).max().unwrap_or(0);
-            assert!(matched <= naive, "found {matched} of {naive} tokens ever stored");
+            let tails = self.perhaps.iter().filter(|(namespace, _)| *namespace == text.namespace);
+            let most = tails.map(|(_, tokens)| shared(tokens, &text.tokens)).max().unwrap_or(0).max(naive);
+            assert!(matched <= most, "found {matched} of {most} tokens ever stored");
             if now.evicted_pages == 0 && !condemned {
-                assert_eq!(matched, naive, "nothing was evicted");
+                assert!(matched >= naive, "found {matched} of {naive} and nothing was evicted");
             }
             if text.share && !text.is_closed {
                 assert!(matched >= text.length / self.block * self.block, "a pinned prefix was lost");
@@ -364,12 +398,17 @@ impl Model {
     /// Let everything go and see that every page comes back.
     fn finish(mut self) {
         while let Some(open) = self.plans.len().checked_sub(1) {
-            if open % 2 == 0 { self.abandon(open) } else { self.commit(open) }
+            if open % 2 == 0 {
+                self.abandon(open)
+            } else {
+                self.commit(open)
+            }
             self.check();
         }
-        for text in &mut self.texts {
-            self.pool.close(text.id);
-            text.is_closed = true;
+        for of in 0..self.texts.len() {
+            if !self.texts[of].is_closed {
+                self.close(of);
+            }
         }
         self.check();
         let pages = self.pool.num_pages();
@@ -381,8 +420,8 @@ impl Model {
     }
 }
 
-fn run(pages: usize, block: usize, steps: Vec<Step>) {
-    let mut model = Model::new(pages, block);
+fn run(pages: usize, block: usize, keep_tails: bool, steps: Vec<Step>) {
+    let mut model = Model::new(pages, block, keep_tails);
     for step in steps {
         model.step(step);
         model.check();
@@ -398,13 +437,13 @@ proptest! {
 
     #[test]
     fn every_slot_holds_what_was_written_while_pages_are_short(
-        pages in 1..24usize, shift in 0..5u32, steps in steps()
+        pages in 1..24usize, shift in 0..5u32, keep_tails: bool, steps in steps()
     ) {
-        run(pages, 1 << shift, steps);
+        run(pages, 1 << shift, keep_tails, steps);
     }
 
     #[test]
-    fn every_stored_token_is_found_while_there_is_room(shift in 0..5u32, steps in steps()) {
-        run(4096, 1 << shift, steps);
+    fn every_stored_token_is_found_while_there_is_room(shift in 0..5u32, keep_tails: bool, steps in steps()) {
+        run(4096, 1 << shift, keep_tails, steps);
     }
 }

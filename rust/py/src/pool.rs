@@ -34,8 +34,9 @@ pub struct PagePool {
 #[pymethods]
 impl PagePool {
     #[new]
-    fn new(num_pages: usize, block_size: usize) -> PyResult<Self> {
-        let pool = Pool::new(num_pages, block_size).map_err(raised)?;
+    #[pyo3(signature = (num_pages, block_size, *, keep_tails = true))]
+    fn new(num_pages: usize, block_size: usize, keep_tails: bool) -> PyResult<Self> {
+        let pool = Pool::new(num_pages, block_size, keep_tails).map_err(raised)?;
         Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, block_size })
     }
 

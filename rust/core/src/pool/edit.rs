@@ -9,7 +9,7 @@ impl Pool {
     /// Add tokens that wait to be computed.
     pub fn append(&mut self, id: SequenceId, tokens: &[u32]) -> Result<()> {
         let known = self.sequences.at_rest(id)?.known();
-        self.check_length(known, tokens.len())?;
+        Self::check_length(known, tokens.len())?;
         check_tokens(tokens, 0)?;
         self.sequences.at_rest(id)?.tail.extend_from_slice(tokens);
         Ok(())

@@ -29,11 +29,14 @@ pub struct Pool {
     /// A finished plan, its vectors ready for the next.
     spare: Option<Plan>,
     duplicates: Vec<PageId>,
+    /// Closed sequences leave their last, partly filled block behind.
+    keep_tails: bool,
 }
 
 impl Pool {
-    /// Make a pool of empty pages. Slots (`page * block_size + offset`) must fit int32.
-    pub fn new(num_pages: usize, block_size: usize) -> Result<Self> {
+    /// Make a pool of empty pages. Slots (`page * block_size + offset`) must fit int32. With `keep_tails`
+    /// closed sequences leave their last, partly filled block behind, else full blocks only.
+    pub fn new(num_pages: usize, block_size: usize, keep_tails: bool) -> Result<Self> {
         if !block_size.is_power_of_two() {
             return Err(Error::Argument(format!("block_size must be a power of two, not {block_size}")));
         }
@@ -52,6 +55,7 @@ impl Pool {
             shift: block_size.trailing_zeros(),
             spare: None,
             duplicates: Vec::new(),
+            keep_tails,
         })
     }
 
@@ -110,6 +114,10 @@ impl Pool {
             sequence.closing = true;
             return;
         }
+        if self.keep_tails {
+            self.seal_tail(id);
+        }
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
         let private = (sequence.sealed >> self.shift) as usize;
         for page in sequence.table[private..].iter().rev() {
             self.pages.release(*page);

@@ -27,7 +27,7 @@ impl Pool {
         if align == 0 {
             return Err(Error::Argument("align must be at least 1, not 0".into()));
         }
-        self.check_length(0, tokens.len())?;
+        Self::check_length(0, tokens.len())?;
         let (mut node, mut matched) = (None, 0);
         if reuse && let Some(root) = self.tree.find_root(namespace) {
             let (deepest, length) = self.tree.walk(root, &tokens[..tokens.len().saturating_sub(1)]);
@@ -79,7 +79,7 @@ impl Pool {
     }
 
     /// Positions are 32 bits wide, with room to round up.
-    pub(super) fn check_length(&self, known: u32, more: usize) -> Result<()> {
+    pub(super) fn check_length(known: u32, more: usize) -> Result<()> {
         let length = known as usize + more;
         if length > i32::MAX as usize {
             return Err(Error::Argument(format!("a sequence holds at most {} tokens, not {length}", i32::MAX)));

@@ -212,12 +212,45 @@ impl Pool {
         sequence.anchor = self.tree.seal(Sealing {
             anchor: sequence.anchor,
             from: sequence.sealed,
+            count: (end - first) << self.shift,
             tail: &mut sequence.tail,
             pages,
             duplicates: &mut self.duplicates,
         });
         sequence.sealed = (end as u32) << self.shift;
-        self.totals.sealed_pages += (self.tree.num_sealed() - sealed) as u64;
+        self.count_sealed(sealed);
+    }
+
+    /// Leave the partly filled last block of a sequence behind, unless the tree has it or others hold
+    /// its page. What was computed of a short prompt, or since the last full block, is found again.
+    pub(super) fn seal_tail(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        let (first, count) = ((sequence.sealed >> self.shift) as usize, (sequence.length - sequence.sealed) as usize);
+        let Some(page) = sequence.table.get(first).copied().filter(|page| self.pages.is_mutable(*page)) else { return };
+        if !sequence.share {
+            return;
+        }
+        // A split may have moved the anchor deeper than what is used.
+        sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
+        if self.tree.contains(sequence.anchor, sequence.sealed, &sequence.tail[..count]) {
+            return;
+        }
+        self.pages.seal(page);
+        let sealed = self.tree.num_sealed();
+        sequence.anchor = self.tree.seal(Sealing {
+            anchor: sequence.anchor,
+            from: sequence.sealed,
+            count,
+            tail: &mut sequence.tail,
+            pages: &mut sequence.table[first..],
+            duplicates: &mut self.duplicates,
+        });
+        self.count_sealed(sealed);
+    }
+
+    /// Count what entered the tree since it held `before` pages, and free what it had already.
+    fn count_sealed(&mut self, before: usize) {
+        self.totals.sealed_pages += (self.tree.num_sealed().saturating_sub(before)) as u64;
         self.totals.duplicate_pages += self.duplicates.len() as u64;
         self.pages.free(&self.duplicates);
         self.duplicates.clear();

@@ -110,7 +110,7 @@ impl Tree {
         let Node { parent, start, ref run, ref pages, .. } = *self.at(node);
         let above = self.at(parent);
         let full = (above.end() >> self.shift) - (above.start >> self.shift);
-        let stands = above.epoch == parent_epoch && above.end() == start && above.pages.len() as u32 == full;
+        let stands = above.epoch == parent_epoch && above.end() == start && above.pages.len() as u32 >= full;
         if !stands || self.children.get(&self.nodes, parent, run[0]).is_some() {
             self.vacate(node);
             return false;

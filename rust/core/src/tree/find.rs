@@ -44,13 +44,31 @@ impl Tree {
     /// The node at or below `node` that holds the page of the block ending at `block_end`, any of
     /// them: below a node that ends in the middle of the block, each child has its own.
     pub(super) fn holder(&self, mut node: NodeId, block_end: u32) -> Option<NodeId> {
-        while self.reach(node) < block_end {
+        while self.covered(node) < block_end {
             node = self.at(node).first_child;
             if node.is_none() {
                 return None;
             }
         }
         Some(node)
+    }
+
+    /// True when `tokens`, which follow position `from` of the path to `anchor`, are all found.
+    pub(crate) fn contains(&self, anchor: NodeId, from: u32, tokens: &[u32]) -> bool {
+        let (mut node, mut found) = (anchor, 0);
+        loop {
+            let Node { start, ref run, .. } = *self.at(node);
+            let run = &run[from as usize + found - start as usize..];
+            let equal = common_prefix(run, &tokens[found..]);
+            found += equal;
+            let Some(token) = tokens.get(found) else { break };
+            match self.children.get(&self.nodes, node, *token) {
+                Some(child) if equal == run.len() => node = child,
+                _ => return false,
+            }
+        }
+        let end = from + found as u32;
+        self.held(node, end) == end
     }
 
     /// Write the pages of the first `table.len()` blocks on the path to `node`.

@@ -14,6 +14,10 @@
 //! Children are found through one hash table keyed by (parent, first token) and compared token by
 //! token, so a hit cannot be a collision and its cost follows bytes, not blocks.
 //!
+//! A leaf may also end in the middle of a block, with a page of its own for the part: the tail that a
+//! closed sequence leaves behind. Whoever goes on from there copies it and fills the block; the tail
+//! page is dropped when the leaf grows past it, and stays on as a spare when others stand on it.
+//!
 //! A leaf counts as far as its pages reach. Tokens beyond them (its child was evicted, or its last
 //! pages are in an open plan) are stale: nobody matches them, and whoever writes there trims them.
 
@@ -157,8 +161,19 @@ impl Tree {
 
     /// Where what can be found of a node ends: a leaf reaches as far as its pages.
     fn reach(&self, node: NodeId) -> u32 {
+        let it = self.at(node);
+        if it.is_leaf() { it.end().min(self.covered(node)) } else { it.end() }
+    }
+
+    /// End of the last block that the node has a page for.
+    fn covered(&self, node: NodeId) -> u32 {
         let node = self.at(node);
-        if node.is_leaf() { ((node.start >> self.shift) + node.pages.len() as u32) << self.shift } else { node.end() }
+        ((node.start >> self.shift) + node.pages.len() as u32) << self.shift
+    }
+
+    /// True when the node's last page holds the beginning of a block.
+    fn has_tail(&self, node: NodeId) -> bool {
+        self.covered(node) > self.at(node).end()
     }
 
     /// Round a position up to the end of its block.

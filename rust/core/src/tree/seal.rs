@@ -1,4 +1,5 @@
-//! Sealing: full blocks of a sequence enter the tree, where equal ones may already be.
+//! Sealing: full blocks of a sequence enter the tree, where equal ones may already be, and at its end
+//! the part of a block that it leaves behind.
 
 use super::find::common_prefix;
 use super::{Node, Tree};
@@ -10,21 +11,23 @@ pub(crate) struct Sealing<'a> {
     pub anchor: NodeId,
     /// Tokens sealed so far, a multiple of the block size.
     pub from: u32,
-    /// Tokens from there on. The sealed ones are taken out.
+    /// Tokens to seal: full blocks, or, of a tail, the beginning of one.
+    pub count: usize,
+    /// Tokens from `from` on. The sealed ones are taken out.
     pub tail: &'a mut Vec<u32>,
-    /// One page for each block to seal. Where the tree has an equal block, its page is put here.
+    /// One page for each block to seal, in whole or in part. Where the tree has an equal block, its page is put here.
     pub pages: &'a mut [PageId],
-    /// Pages replaced that way.
+    /// Pages replaced that way, and tail pages that the tree has no more use for.
     pub duplicates: &'a mut Vec<PageId>,
 }
 
 impl Tree {
-    /// Put full blocks below the anchor and return the new anchor, its path pinned.
+    /// Put blocks below the anchor and return the new anchor, its path pinned.
     ///
     /// Someone else may have sealed the same text since: walk what is equal, branch off where it
     /// differs. A leaf that only this sequence holds just grows, so a conversation stays one run.
     pub(crate) fn seal(&mut self, mut sealing: Sealing<'_>) -> NodeId {
-        let count = sealing.pages.len() << self.shift;
+        let count = sealing.count;
         let (mut node, mut taken) = (sealing.anchor, 0);
         loop {
             self.trim(node);
@@ -35,6 +38,11 @@ impl Tree {
             if equal > 0 {
                 self.adopt(node, &mut sealing, taken..taken + equal);
                 taken += equal;
+            }
+            if taken == count && count & ((1 << self.shift) - 1) != 0 {
+                // Tokens that a pinned node still names, though their page has left: not worth a place.
+                sealing.duplicates.extend_from_slice(sealing.pages);
+                return node;
             }
             if offset < length {
                 let upper = self.split(node, offset);
@@ -74,15 +82,21 @@ impl Tree {
 
     /// Add the rest of the blocks at the end of `node`: in place, or as a child.
     fn grow(&mut self, node: NodeId, sealing: Sealing<'_>, range: std::ops::Range<usize>) -> NodeId {
-        let Sealing { from, tail, pages, .. } = sealing;
+        let Sealing { from, tail, pages, duplicates, .. } = sealing;
         let start = from + range.start as u32;
         let pages = &pages[((start >> self.shift) - (from >> self.shift)) as usize..];
         self.sealed += pages.len();
+        let has_tail = self.has_tail(node);
         let end = self.at_mut(node);
         if end.pins == 1 && end.is_leaf() && !end.pages.is_empty() {
+            // The block that the tail begins is in `pages`, longer. Nobody else can be copying it.
+            if has_tail {
+                duplicates.extend(end.pages.pop());
+            }
             end.run.extend_from_slice(&tail[range.clone()]);
             end.pages.extend_from_slice(pages);
             tail.drain(..range.end);
+            self.sealed -= usize::from(has_tail);
             return node;
         }
         let run = if range.start == 0 {

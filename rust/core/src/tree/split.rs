@@ -34,12 +34,13 @@ impl Tree {
     }
 
     /// Append an unpinned leaf to its unpinned parent when it is the only child and not the longer
-    /// part, so that a conversation stays one run and the copying is amortised. Returns the parent.
+    /// part, so that a conversation stays one run and the copying is amortised. A parent with a page
+    /// for the block that its child completes keeps that to itself. Returns the parent.
     pub(super) fn merge_up(&mut self, leaf: NodeId) -> Option<NodeId> {
         let Node { parent, next, previous, pins, ref run, .. } = *self.at(leaf);
         let upper = self.at(parent);
         let alone = next.is_none() && previous.is_none() && pins == 0 && self.at(leaf).is_leaf();
-        if !alone || upper.is_root() || upper.pins > 0 || run.len() > upper.run.len() {
+        if !alone || upper.is_root() || upper.pins > 0 || run.len() > upper.run.len() || self.has_tail(parent) {
             return None;
         }
         self.trim(leaf);
