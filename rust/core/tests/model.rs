@@ -211,6 +211,7 @@ impl Model {
             let mut copies = self.plans.iter().flat_map(|open| open.plan.copies());
             if others.any(|text| self.pool.block_table(text.id).unwrap().contains(&page))
                 || copies.any(|(source, _)| *source == page)
+                || self.texts.iter().any(|text| text.is_closed && text.is_planned)
             {
                 self.perhaps.insert(tail);
             } else {

@@ -77,7 +77,7 @@ impl TokenBuffer {
     fn common_prefix(&self, tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
         if tokens.cast::<Self>().is_ok() {
             let other = copied(tokens)?;
-            return Ok(common_prefix(&*self.lock()?, &other));
+            return Ok(common_prefix(&self.lock()?, &other));
         }
         with_tokens(tokens, |tokens| Ok(self.with(|own| Ok(common_prefix(own, tokens)))))??
             .map_err(crate::errors::raised)
