@@ -22,6 +22,13 @@ async def test_second_time_is_cached_and_says_the_same(make_engine, llama, token
     balanced(engine)
 
 
+async def test_prompts_shorter_than_a_page_are_cached_too(make_engine):
+    async with make_engine(block_size=64) as engine:
+        for cached in (0, 4):
+            answer = await engine.process_request({"text": "hello", "max_length": 3})
+            assert answer["cached_tokens"] == cached
+
+
 async def test_answer_is_plain_data_with_everything_promised(make_engine):
     async with make_engine() as engine:
         answer = await engine.process_request({"text": "hello", "max_length": 3, "session_id": "s"})
