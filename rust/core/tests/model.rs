@@ -5,6 +5,9 @@
 //! each step every slot of every sequence must hold what it should. A page that was evicted,
 //! shared or written too early shows up as a wrong digest.
 
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+#![allow(clippy::similar_names, clippy::type_complexity, reason = "the model speaks of steps, stems and texts")]
+
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
@@ -400,9 +403,9 @@ impl Model {
     fn finish(mut self) {
         while let Some(open) = self.plans.len().checked_sub(1) {
             if open % 2 == 0 {
-                self.abandon(open)
+                self.abandon(open);
             } else {
-                self.commit(open)
+                self.commit(open);
             }
             self.check();
         }
