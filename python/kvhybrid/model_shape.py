@@ -42,7 +42,7 @@ def read_model_shape(config: Any) -> ModelShape:
         "num_kv_heads": _num_kv_heads(text, num_heads),
         "head_dim": head_dim,
         "value_head_dim": value_head_dim,
-        "dtype": _read(text, "dtype", "torch_dtype") or _read(config, "dtype", "torch_dtype") or "float32",
+        "dtype": _dtype(text) or _dtype(config) or "float32",
     }
 
 
@@ -67,6 +67,11 @@ def _read(config: Any, *names: str) -> Any:
         if value is not None:
             return value
     return None
+
+
+def _dtype(config: Any) -> Any:
+    """The weights' dtype; transformers 4 has it under the older name, which 5 warns about."""
+    return _read(config, "dtype" if hasattr(config, "dtype") else "torch_dtype")
 
 
 def _num_layers(config: Any, name: str) -> int:

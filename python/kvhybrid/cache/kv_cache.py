@@ -107,7 +107,7 @@ class KVCache:
             return self._sessions[key]
 
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
-        """Forget a session; its full blocks stay cached until they are evicted. True if it was known."""
+        """Forget a session; what it computed stays cached until it is evicted. True if it was known."""
         with self._lock:
             session = self._sessions.pop((tenant, session_id), None)
         if session is None:
@@ -140,6 +140,8 @@ class KVCache:
             "capacity_bytes": counters["num_pages"] * page,
             "capacity_tokens": counters["num_pages"] * self.layout.block_size,
             "sessions": len(self._sessions),
+            # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
+            "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,
         }
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from kvhybrid.cli.conversations import Conversations, write_conversations
 from kvhybrid.cli.ways import Way, run_by_hand, run_through_engine
 from kvhybrid.model.load import load_model
+from kvhybrid.model.threads import in_own_thread
 from kvhybrid.report import write_report
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ def run_demo(path: Path | None, *, device: str, json_path: Path | None, sessions
             task = progress.add_task(name, total=work.num_turns)
             return lambda: progress.advance(task)
 
-        none = run_by_hand(model, work, keep=False, tick=ticker("without reuse"))
-        kept = run_by_hand(model, work, keep=True, tick=ticker("hand-kept DynamicCache"))
+        none = in_own_thread(run_by_hand, model, work, keep=False, tick=ticker("without reuse"))
+        kept = in_own_thread(run_by_hand, model, work, keep=True, tick=ticker("DynamicCache by hand"))
         ours = anyio.run(run_through_engine, model, tokenizer, work, ticker("kvhybrid"))
     equal = none.texts == kept.texts == ours.texts
     console.print(_table(none, kept, ours))
@@ -69,7 +70,7 @@ def _progress(console: Console) -> Progress:
 
 def _table(*ways: Way) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in (
         "first token\nmean",
         "\nslowest",
@@ -84,7 +85,7 @@ def _table(*ways: Way) -> Table:
             f"{way.ttft * 1e3:.1f} ms",
             f"{way.slowest * 1e3:.1f} ms",
             f"{way.tokens_per_s:.0f}",
-            f"{way.computed:,} of {way.asked:,}",
+            f"{way.computed:,}",
             f"{way.held_bytes / 2**20:.1f} MiB",
         )
     return table

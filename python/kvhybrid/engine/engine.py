@@ -24,6 +24,7 @@ from kvhybrid.errors import ClosedError, ConfigError, InvalidRequestError
 from kvhybrid.model.load import load_model
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.runner import Runner
+from kvhybrid.model.threads import in_own_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -73,7 +74,7 @@ class KVEngine:
         _check_count("prefill_tokens", prefill_tokens, 2**31 - 1)
         self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
         self.cache = KVCache.for_model(self.model, config)
-        self.packing, self.packing_reason = choose_packing(self.model, self.cache.layout)
+        self.packing, self.packing_reason = in_own_thread(choose_packing, self.model, self.cache.layout)
         capacity = self.cache.pool.num_pages * self.cache.layout.block_size
         self._door = Door(self.model, self.tokenizer, capacity)
         self._scheduler = Scheduler(max_queued)
