@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from itertools import cycle as endlessly
 
 import numpy as np
-from kvhybrid import _core
 from report import arguments, write_report
+
+from kvhybrid import _core
 
 NUM_PAGES = 65_536
 BLOCK_SIZE = 16
@@ -100,7 +101,9 @@ def hot(figures: Figures, rng: np.random.Generator, quick: bool) -> None:
         known = prompts(rng, 16, length)
         for prompt in known:
             step.request(prompt)
-        again = [prompt for prompt, _ in zip(endlessly(known), range(repetitions(length, quick)), strict=False)]
+        again = [
+            prompt for prompt, _ in zip(endlessly(known), range(repetitions(length, quick)), strict=False)
+        ]
         figures[f"hot_{length}_us"] = statistics.median(measure(requests(step, again)))
         assert pool.statistics()["evicted_pages"] == 0
 
@@ -127,7 +130,9 @@ def evicting(figures: Figures, rng: np.random.Generator, quick: bool) -> None:
         step = step_for(pool, length)
         before = pool.statistics()["evicted_pages"]
         count = repetitions(length, quick)
-        figures[f"evicting_{length}_us"] = statistics.median(measure(requests(step, prompts(rng, count, length))))
+        figures[f"evicting_{length}_us"] = statistics.median(
+            measure(requests(step, prompts(rng, count, length)))
+        )
         assert pool.statistics()["evicted_pages"] - before >= count * (length // BLOCK_SIZE) - pool.num_free
 
 

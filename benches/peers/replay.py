@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 from cycle import Step
-from kvhybrid import _core
 from report import arguments, write_report
+
+from kvhybrid import _core
 
 TRACE_TOOL = Path(__file__).resolve().parents[3] / "shared" / "tools" / "multi_turn_trace.py"
 NUM_PAGES = 16_384
