@@ -196,7 +196,7 @@ def main() -> None:
     victims(figures, rng, options.quick)
     decode(figures, rng, options.quick)
     memory(figures, rng)
-    write_report("peers/cycle", figures, options.json)
+    write_report("cycle", figures, options.json)
 
 
 if __name__ == "__main__":

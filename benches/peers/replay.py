@@ -68,7 +68,7 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     if not TRACE_TOOL.exists():
         sys.stderr.write("skipped: the trace's generator is not beside this repository\n")
-        write_report("peers/replay", {}, options.json)
+        write_report("replay", {}, options.json)
         return
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.bin"
@@ -85,7 +85,7 @@ def main() -> None:
         "request_p99_us": statistics.quantiles(best, n=100)[-1],
         "prompts": float(len(prompts)),
     }
-    write_report("peers/replay", figures, options.json)
+    write_report("replay", figures, options.json)
     if options.json != "-":
         sys.stdout.write("published, on another day and a slower machine (requests/s, hit ratio):\n")
         for name, rate, ratio in PUBLISHED:
