@@ -39,8 +39,8 @@ def run_demo(path: Path | None, *, device: str, json_path: Path | None, sessions
             task = progress.add_task(name, total=work.num_turns)
             return lambda: progress.advance(task)
 
-        none = in_own_thread(run_by_hand, model, work, keep=False, tick=ticker("without reuse"))
-        kept = in_own_thread(run_by_hand, model, work, keep=True, tick=ticker("DynamicCache by hand"))
+        none = in_own_thread(run_by_hand, model, work, keep=False, tick=ticker("no reuse"))
+        kept = in_own_thread(run_by_hand, model, work, keep=True, tick=ticker("DynamicCache kept by hand"))
         ours = anyio.run(run_through_engine, model, tokenizer, work, ticker("kvhybrid"))
     equal = none.texts == kept.texts == ours.texts
     console.print(_table(none, kept, ours))
@@ -59,7 +59,7 @@ def run_demo(path: Path | None, *, device: str, json_path: Path | None, sessions
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<24}"),
+        TextColumn("{task.description:<26}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("turns"),

@@ -65,7 +65,7 @@ def run_by_hand(
     model: PreTrainedModel, work: Conversations, *, keep: bool, tick: Callable[[], object]
 ) -> Way:
     """Hold the conversations with a plain loop over ``forward``; ``keep`` one DynamicCache a session."""
-    way = Way(name="DynamicCache by hand" if keep else "without reuse")
+    way = Way(name="kept by hand" if keep else "no reuse")
     caches: dict[int, DynamicCache] = {}
     transcripts, ends = work.transcripts(), end_tokens(model)
     for session, line in work.turns():
