@@ -1,0 +1,471 @@
+"""The page pool against a naive model of it, driven from Python in every order that a caller could.
+
+Sequences are lists of tokens, pages an array of digests. Whoever fills a plan writes, into every slot
+that it was given, a digest of the namespace and of all tokens up to that position, as attention would
+write K and V that depend on exactly those. After every step each slot of every open sequence must hold
+what it should: a page that was evicted, shared or written too early shows up as a wrong digest.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from kvhybrid._core import Batch, CapacityError, PagePool, TokenBuffer
+
+if TYPE_CHECKING:
+    from kvhybrid._core import Plan, Sequence
+
+# Ways in which tokens come over the boundary.
+WAYS = {
+    "int32": lambda tokens: np.array(tokens, np.int32),
+    "int64": lambda tokens: np.array(tokens, np.int64),
+    "uint32": lambda tokens: np.array(tokens, np.uint32),
+    "memoryview": lambda tokens: memoryview(np.array(tokens, np.int32)),
+    "buffer": lambda tokens: TokenBuffer(np.array(tokens, np.int64)),
+}
+
+some = st.integers(0, 7)
+texts = st.lists(st.integers(0, 1), max_size=24)
+usually = st.integers(0, 9).map(lambda n: n < 9)
+ways = st.sampled_from(sorted(WAYS))
+namespaces = st.integers(0, 1)
+some_rows = st.lists(some, min_size=1, max_size=4)
+some_counts = st.none() | st.lists(st.integers(0, 11), min_size=4, max_size=4)
+
+
+@dataclass(eq=False)
+class Text:
+    """What one sequence should be. The handle is gone once it was dropped."""
+
+    handle: Sequence | None
+    namespace: int
+    tokens: list[int]
+    length: int
+    share: bool
+    buffer: TokenBuffer = field(init=False)
+    planned: bool = False
+    closed: bool = False
+
+    def __post_init__(self):
+        self.buffer = TokenBuffer(np.array(self.tokens, np.uint32))
+
+
+@dataclass(eq=False)
+class Step:
+    """An open plan: the rows are a text, its tokens before the step, and those of the step."""
+
+    plan: Plan
+    rows: list[tuple[Text, int, int]]
+    appended: bool
+    filled: bool = False
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Tiny pools: nearly every plan needs someone to leave."""
+
+    roomy = False
+
+    def __init__(self):
+        super().__init__()
+        self.texts: list[Text] = []
+        self.steps: list[Step] = []
+        self.digests: dict[tuple[object, int], int] = {}
+        # Digests of every prefix that was ever stored, and of those that may have been.
+        self.stored: set[int] = set()
+        self.perhaps: set[int] = set()
+        self.counted = dict.fromkeys(
+            ("opens", "queried_tokens", "cached_tokens", "plans", "abandoned_plans", "copied_pages"), 0
+        )
+
+    @initialize(pages=st.integers(1, 24), block=st.sampled_from([1, 2, 4, 16]), keep_tails=st.booleans())
+    def make(self, pages, block, keep_tails):
+        pages = 4096 if self.roomy else pages
+        self.pool = PagePool(pages, block, keep_tails=keep_tails)
+        self.block = block
+        self.keep_tails = keep_tails
+        self.memory = np.zeros(pages * block, np.int64)
+
+    # What callers do.
+
+    @rule(
+        namespace=namespaces,
+        stem=some,
+        keep=st.integers(0, 40),
+        more=texts,
+        reuse=usually,
+        share=usually,
+        align=st.sampled_from([1, 1, 1, 2, 3, 5]),
+        way=ways,
+    )
+    def open(self, namespace, stem, keep, more, reuse, share, align, way):
+        self.start(namespace, stem, keep, more, reuse=reuse, share=share, align=align, way=way)
+
+    @rule(
+        namespace=namespaces,
+        stem=some,
+        keep=st.integers(0, 40),
+        more=texts,
+        count=st.integers(0, 40),
+        drop=st.booleans(),
+    )
+    def answer(self, namespace, stem, keep, more, count, drop):
+        """A whole request in one rule, or too few would ever get that far: prompt, tokens, end."""
+        text = self.start(namespace, stem, keep, more)
+        for token in (None, *(i % 2 for i in range(count % 5))):
+            if step := self.try_step([text], None, token):
+                self.finish(step)
+        if count < 30:
+            self.let_go(text, drop=drop)
+
+    @rule(rows=some_rows, counts=some_counts, token=st.none() | st.integers(0, 1))
+    def compute(self, rows, counts, token):
+        if step := self.try_plan(rows, counts, token):
+            self.finish(step)
+
+    def start(self, namespace, stem, keep, more, *, reuse=True, share=True, align=1, way="int32"):
+        tokens = self.texts[-1 - stem % len(self.texts)].tokens[:keep] if self.texts else []
+        tokens = tokens + more
+        given = WAYS[way](tokens)
+        known = self.pool.match(given, namespace)
+        handle = self.pool.open(given, namespace, reuse=reuse, share=share, align=align)
+        expected = min(known, max(len(tokens) - 1, 0)) // align * align if reuse else 0
+        assert handle.cached == expected
+        text = Text(handle, namespace, tokens, expected, share)
+        self.texts.append(text)
+        self.count(opens=1, queried_tokens=len(tokens), cached_tokens=expected)
+        return text
+
+    @rule(of=some, more=texts, way=ways)
+    def append(self, of, more, way):
+        if (text := self.pick(of)) is None:
+            return
+        if text.planned:
+            with pytest.raises(ValueError, match="in an open plan"):
+                text.handle.append(WAYS[way](more))
+            return
+        text.handle.append(WAYS[way](more))
+        text.tokens += more
+        assert text.buffer.append(WAYS[way](more)) == len(text.tokens)
+
+    @rule(rows=some_rows, counts=some_counts, token=st.none() | st.integers(0, 1), way=ways)
+    def plan(self, rows, counts, token, way):
+        self.try_plan(rows, counts, token, way)
+
+    @rule(rows=some_rows, token=st.integers(0, 1), drop=st.booleans())
+    def plan_and_think_better_of_it(self, rows, token, drop):
+        before = self.trace()
+        if (step := self.try_plan(rows, None, token)) is not None:
+            self.undo(step, drop=drop)
+            assert self.trace() == before, "an abandoned plan left a trace"
+
+    @precondition(lambda self: self.steps)
+    @rule(of=some)
+    def fill(self, of):
+        self.write(self.steps[of % len(self.steps)])
+
+    @precondition(lambda self: self.steps)
+    @rule(of=some)
+    def commit(self, of):
+        self.finish(self.steps[of % len(self.steps)])
+
+    @precondition(lambda self: self.steps)
+    @rule(of=some, fill_first=st.booleans(), drop=st.booleans())
+    def abandon(self, of, fill_first, drop):
+        step = self.steps[of % len(self.steps)]
+        if fill_first:
+            self.write(step)
+        self.undo(step, drop=drop)
+
+    @rule(of=some)
+    def fork(self, of):
+        if (text := self.pick(of)) is None:
+            return
+        if text.planned:
+            with pytest.raises(ValueError, match="in an open plan"):
+                text.handle.fork()
+            return
+        self.texts.append(Text(text.handle.fork(), text.namespace, [*text.tokens], text.length, text.share))
+
+    @rule(of=some, length=st.integers(0, 40))
+    def truncate(self, of, length):
+        if (text := self.pick(of)) is None:
+            return
+        if text.planned or length > len(text.tokens):
+            with pytest.raises(ValueError, match=r"in an open plan|cannot truncate"):
+                text.handle.truncate(length)
+            return
+        text.handle.truncate(length)
+        text.buffer.truncate(length)
+        del text.tokens[length:]
+        text.length = min(text.length, length)
+
+    @rule(of=some, drop=st.booleans())
+    def close(self, of, drop):
+        if (text := self.pick(of)) is not None:
+            self.let_go(text, drop=drop)
+
+    @precondition(lambda self: not self.roomy)
+    @rule(pages=st.integers(0, 6))
+    def evict(self, pages):
+        expected = min(pages, self.pool.num_evictable)
+        assert self.pool.evict(pages) == expected
+
+    @precondition(lambda self: not self.roomy)
+    @rule(namespace=namespaces)
+    def drop(self, namespace):
+        free = self.pool.num_free
+        assert self.pool.drop(namespace) == self.pool.num_free - free
+        of_it = [text for text in self.texts if text.namespace == namespace]
+        if all(text.closed and not text.planned for text in of_it):
+            assert all(self.pool.match(text.buffer, namespace) == 0 for text in of_it)
+
+    @rule(namespace=namespaces, tokens=texts, way=ways)
+    def look(self, namespace, tokens, way):
+        self.check_match(self.pool.match(WAYS[way](tokens), namespace), namespace, tokens)
+
+    # How the model does it.
+
+    def pick(self, of):
+        known = [text for text in self.texts if not text.closed]
+        return known[of % len(known)] if known else None
+
+    def count(self, **more):
+        for name, number in more.items():
+            self.counted[name] += number
+
+    def chain(self, namespace, tokens):
+        """The digest of every prefix. Equal only for equal prefixes: they are given out, not hashed."""
+        chain, last = [], ("namespace", namespace)
+        for token in tokens:
+            last = self.digests.setdefault((last, token), len(self.digests) + 1)
+            chain.append(last)
+        return chain
+
+    def table(self, text):
+        return np.frombuffer(text.handle.block_table(), np.int32).tolist()
+
+    def trace(self):
+        """What an undone plan must leave as it was."""
+        now = self.pool.statistics()
+        pages = [now[f"{kind}_pages"] for kind in ("free", "mutable", "sealed", "shared", "pinned")]
+        found = [self.pool.match(text.buffer, text.namespace) for text in self.texts]
+        running = [text for text in self.texts if not text.closed]
+        tables = [(text.handle.length, text.handle.pending, self.table(text)) for text in running]
+        return pages, now["nodes"], found, tables
+
+    def try_plan(self, rows, counts, token, way="int32"):
+        chosen = dict.fromkeys(text for of in rows if (text := self.pick(of)) is not None)
+        return self.try_step([*chosen], counts, token, way)
+
+    def try_step(self, chosen, counts, token, way="int32"):
+        more = token is not None
+        pending = [len(text.tokens) - text.length + more for text in chosen]
+        sizes = pending
+        if counts is not None:
+            sizes = [count % (most + 1) for count, most in zip(counts, pending, strict=False)]
+        touched = [size > 0 or more for size in sizes]
+        before = self.trace()
+        batch = Batch(self.pool, [text.handle for text in chosen])
+        assert len(batch) == len(chosen)
+        given = np.array(sizes, np.int32) if counts is not None else None
+        try:
+            plan = batch.plan(given, tokens=WAYS[way]([token] * len(chosen)) if more else None)
+        except CapacityError as error:
+            needed, free, evictable, total = map(int, re.findall(r"\d+", str(error)))
+            assert needed > free + evictable
+            assert (free, evictable) == (self.pool.num_free, self.pool.num_evictable)
+            assert total == self.pool.num_pages
+        except ValueError:
+            assert any(text.planned and touches for text, touches in zip(chosen, touched, strict=True))
+        else:
+            assert plan.num_tokens == sum(sizes)
+            step = Step(plan, [], more)
+            for text, size, touches in zip(chosen, sizes, touched, strict=True):
+                assert not (text.planned and touches), "planned twice"
+                if more:
+                    text.tokens.append(token)
+                    text.buffer.append(np.array([token], np.int32))
+                text.planned |= touches
+                step.rows.append((text, text.length, size))
+            self.steps.append(step)
+            self.count(plans=1)
+            return step
+        assert self.trace() == before, "a refused plan left a trace"
+        return None
+
+    def write(self, step):
+        plan, rows = step.plan, len(step.rows)
+        # Buffers may be larger than needed: what is over stays as it was.
+        tables = np.full((rows + 1, plan.max_pages + 1), -1, np.int32)
+        slots = np.full(plan.num_tokens + 1, -1, np.int32)
+        lengths = np.full((rows + 1, 2), -1, np.int32)
+        plan.fill(tables, slots, lengths)
+        pages = self.memory.reshape(-1, self.block)
+        if not step.filled:
+            for source, destination in plan.copies:
+                pages[destination] = pages[source]
+        step.filled = True
+        place = iter(slots.tolist())
+        for (text, length, count), table, row in zip(
+            step.rows, tables.tolist(), lengths.tolist(), strict=False
+        ):
+            assert row == [length, count]
+            chain = self.chain(text.namespace, text.tokens)
+            for position in range(length, length + count):
+                slot = next(place)
+                assert slot == table[position // self.block] * self.block + position % self.block
+                self.memory[slot] = chain[position]
+            used = -(-(length + count) // self.block) if count else 0
+            assert table[used:] == [-1] * (len(table) - used), "wrote past a row's table"
+            if count and not text.closed:
+                assert table[:used] == self.table(text)
+        assert list(place) == [-1]
+        assert (tables[rows:] == -1).all()
+        assert (lengths[rows:] == -1).all()
+
+    def finish(self, step):
+        if not step.filled:
+            self.write(step)
+        self.steps.remove(step)
+        step.plan.commit()
+        self.count(copied_pages=len(step.plan.copies))
+        for text, length, count in step.rows:
+            if count or step.appended:
+                text.planned = False
+                text.length = length + count
+                if text.share:
+                    full = text.length // self.block * self.block
+                    self.stored.update(self.chain(text.namespace, text.tokens[:full]))
+
+    def undo(self, step, *, drop):
+        self.steps.remove(step)
+        if drop:
+            step.plan = None  # the only reference
+        else:
+            step.plan.abandon()
+        self.count(abandoned_plans=1)
+        for text, _, count in step.rows:
+            if step.appended:
+                text.tokens.pop()
+                text.buffer.truncate(len(text.tokens))
+            if count or step.appended:
+                text.planned = False
+
+    def let_go(self, text, *, drop):
+        """Close. The last, partly filled block stays behind when nobody else holds its page."""
+        if self.keep_tails and text.share:
+            if text.planned:
+                # It goes when the plan is finished, with or without the plan's tokens.
+                self.perhaps.update(self.chain(text.namespace, text.tokens))
+            elif text.length:
+                page = self.table(text)[-1]
+                others = (other for other in self.texts if other is not text)
+                held = any(
+                    other.planned if other.closed else page in self.table(other) for other in others
+                ) or any(page == source for step in self.steps for source, _ in step.plan.copies)
+                into = self.perhaps if held else self.stored
+                into.update(self.chain(text.namespace, text.tokens[: text.length]))
+        handle, text.handle, text.closed = text.handle, None, True
+        if not drop:
+            handle.close()
+            assert handle.closed
+
+    # What must hold after every step.
+
+    @invariant()
+    def the_books_are_in_order(self):
+        self.pool.check()
+        now = self.pool.statistics()
+        assert now["free_pages"] + now["mutable_pages"] + now["sealed_pages"] == self.pool.num_pages
+        assert now["pinned_pages"] + now["evictable_pages"] == now["sealed_pages"]
+        assert now["free_pages"] == self.pool.num_free
+        assert now["evictable_pages"] == self.pool.num_evictable
+        assert now["sequences"] == sum(not text.closed or text.planned for text in self.texts)
+        assert self.counted.items() <= now.items()
+
+    @invariant()
+    def every_slot_holds_what_was_written(self):
+        for text in self.texts:
+            if text.closed:
+                continue
+            tokens = np.frombuffer(text.handle.tokens(), np.uint32).tolist()
+            assert tokens == text.tokens
+            assert text.handle.tokens() == text.buffer.tobytes()
+            assert text.handle.length == text.length
+            assert text.handle.pending == len(text.tokens) - text.length
+            table = self.table(text)
+            assert len(table) == text.handle.num_pages == len(set(table))
+            if not text.planned:
+                assert len(table) == -(-text.length // self.block)
+                pages = self.memory.reshape(-1, self.block)[table].ravel()
+                chain = self.chain(text.namespace, text.tokens[: text.length])
+                assert pages[: text.length].tolist() == chain, f"of {text.tokens}"
+
+    @invariant()
+    def nobody_else_sees_a_page_that_a_plan_writes_into(self):
+        tables = {text: self.table(text) for text in self.texts if not text.closed}
+        for step in self.steps:
+            for text, length, count in step.rows:
+                if count and not text.closed:
+                    writes = set(tables[text][length // self.block :])
+                    for other, table in tables.items():
+                        assert other is text or writes.isdisjoint(table)
+
+    @invariant()
+    def what_is_found_was_stored(self):
+        for text in self.texts:
+            found = self.pool.match(text.buffer, text.namespace)
+            self.check_match(found, text.namespace, text.tokens)
+            if text.share and not text.closed:
+                assert found >= text.length // self.block * self.block, "a pinned prefix was lost"
+
+    def check_match(self, found, namespace, tokens):
+        chain = self.chain(namespace, tokens)
+        least = next((i for i, digest in enumerate(chain) if digest not in self.stored), len(chain))
+        known = self.stored | self.perhaps
+        most = next((i for i, digest in enumerate(chain) if digest not in known), len(chain))
+        assert found <= most, f"found {found} of {most} tokens ever stored"
+        condemned = any(step.plan.num_evicted for step in self.steps)
+        if not condemned and not self.pool.statistics()["evicted_pages"]:
+            assert found >= least, f"found {found} of {least} tokens and nothing was evicted"
+
+    def teardown(self):
+        """Let everything go, open plans last, and see that every page comes back."""
+        if not hasattr(self, "pool"):
+            return
+        for step in self.steps[::2]:
+            self.finish(step)
+        for text in self.texts:
+            if not text.closed:
+                self.let_go(text, drop=True)
+        for step in [*self.steps]:
+            self.undo(step, drop=True)
+        self.pool.check()
+        now = self.pool.statistics()
+        assert (now["sequences"], now["mutable_pages"], now["pinned_pages"]) == (0, 0, 0)
+        evictable = self.pool.num_evictable
+        assert self.pool.num_free + evictable == self.pool.num_pages
+        assert self.pool.evict(self.pool.num_pages) == evictable
+        assert self.pool.num_free == self.pool.num_pages
+        assert self.pool.statistics()["nodes"] == 0
+        self.pool.check()
+
+
+class RoomyMachine(PoolMachine):
+    """Nothing ever leaves: every stored token must be found."""
+
+    roomy = True
+
+
+TestWhilePagesAreShort = PoolMachine.TestCase
+TestWhileThereIsRoom = RoomyMachine.TestCase
+TestWhilePagesAreShort.settings = settings(max_examples=300, stateful_step_count=50)
+TestWhileThereIsRoom.settings = settings(max_examples=120, stateful_step_count=50)
