@@ -3,12 +3,12 @@
 It knows token ids, page ids and order. It has never heard of tensors, models or event loops:
 what a page holds is the caller's, and so is every copy.
 
-Tokens cross the boundary as buffers (numpy int32, int64 or uint32, ``array.array``, ``memoryview``;
-a torch CPU tensor through ``.numpy()``), never as lists, and stay on this side between turns.
+Tokens cross the boundary as buffers (numpy int32, int64 or uint32, ``array.array``, ``memoryview``, a
+torch CPU tensor), never as lists, and stay on this side between turns.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final, TypeAlias, final
+from typing import Any, Final, Protocol, TypeAlias, final
 
 import numpy.typing as npt
 from typing_extensions import Buffer
@@ -27,7 +27,12 @@ __all__ = [
 
 # numpy's arrays are buffers, but their types say so only from Python 3.12 on.
 _Buffer: TypeAlias = Buffer | npt.NDArray[Any]
-_Tokens: TypeAlias = _Buffer | TokenBuffer
+_Tokens: TypeAlias = _Buffer | _HasArray | TokenBuffer
+
+class _HasArray(Protocol):
+    """What is no buffer, but gives an array over its memory: a torch tensor."""
+
+    def __array__(self) -> npt.NDArray[Any]: ...
 
 __version__: Final[str]
 
@@ -90,7 +95,10 @@ class Sequence:
 
 @final
 class Batch:
-    """The sequences that step together, in row order."""
+    """The sequences that step together, in row order.
+
+    It names them and does not keep them alive: a dropped handle is a closed row.
+    """
 
     def __new__(cls, pool: PagePool, sequences: Iterable[Sequence] | None = None) -> Batch: ...
     def __len__(self) -> int: ...
@@ -101,9 +109,10 @@ class Batch:
     def plan(self, counts: _Buffer | None = None, *, tokens: _Tokens | None = None) -> Plan:
         """Reserve pages for the next step of every row, all of them or none.
 
-        ``counts``: int32, one a row: how many pending tokens to compute (0 leaves the row out);
-        ``None`` takes all that are pending. ``tokens``: one token a row, appended first (a decode
-        step). Victims are chosen now; their content is gone only once the plan was filled.
+        ``counts``: int32, one a row: how many pending tokens to compute (0 leaves the row out, and
+        its place in the buffers stays); ``None`` takes all that are pending. ``tokens``: one token a
+        row, appended first (a decode step). Victims are chosen now; their content is gone only once
+        the plan was filled.
 
         Raises ``CapacityError`` with the numbers, and nothing has changed.
         """
@@ -130,7 +139,8 @@ class Plan:
 
         ``tables`` [rows, width >= max_pages], entries past a row's table left alone; ``slots``
         [num_tokens], ``page * block_size + offset`` in row order; ``lengths`` [rows, 2]: tokens
-        already computed, and tokens of this step. From here on the victims are gone for good.
+        already computed, and tokens of this step. Larger buffers are left alone past that, and so are
+        the tables of rows without tokens. From here on the victims are gone for good.
         """
     def commit(self) -> None:
         """Make the step true: full blocks are sealed and found by whoever comes next."""

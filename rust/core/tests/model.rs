@@ -227,7 +227,7 @@ impl Model {
     }
 
     fn open(&mut self, namespace: u64, tokens: Vec<u32>, reuse: bool, share: bool, align: usize) {
-        let known = self.pool.matched(Namespace(namespace), &tokens);
+        let known = self.pool.matched(Namespace(namespace), &tokens).unwrap();
         let options = OpenOptions { namespace: Namespace(namespace), reuse, share, align };
         let (id, cached) = self.pool.open(&tokens, options).unwrap();
         let expected = if reuse { known.min(tokens.len().saturating_sub(1)) / align * align } else { 0 };
@@ -347,8 +347,10 @@ impl Model {
             vec![now.free_pages, now.mutable_pages, now.sealed_pages, now.shared_pages, now.pinned_pages, now.nodes];
         let mut prefixes: Vec<_> = self.sealed.iter().collect();
         prefixes.sort_unstable();
-        let found =
-            prefixes.iter().map(|(namespace, tokens)| self.pool.matched(Namespace(*namespace), tokens)).collect();
+        let found = prefixes
+            .iter()
+            .map(|(namespace, tokens)| self.pool.matched(Namespace(*namespace), tokens).unwrap())
+            .collect();
         let open = self.texts.iter().filter(|text| !text.is_closed);
         let texts = open.map(|text| {
             let table = self.pool.block_table(text.id).unwrap().iter().map(|page| page.0).collect();
@@ -384,7 +386,7 @@ impl Model {
         assert!(writers.values().all(|count| *count == 1), "two plans write into one page: {writers:?}");
         let condemned = self.plans.iter().any(|open| open.plan.num_evicted() > 0);
         for text in self.texts.iter().filter(|text| !text.tokens.is_empty()) {
-            let matched = self.pool.matched(Namespace(text.namespace), &text.tokens);
+            let matched = self.pool.matched(Namespace(text.namespace), &text.tokens).unwrap();
             let known = self.sealed.iter().filter(|(namespace, _)| *namespace == text.namespace);
             let naive = known.map(|(_, tokens)| shared(tokens, &text.tokens)).max().unwrap_or(0);
             let tails = self.perhaps.iter().filter(|(namespace, _)| *namespace == text.namespace);

@@ -19,7 +19,7 @@ use crate::token_buffer::TokenBuffer;
 /// Arguments longer than this are copied in and worked on without the interpreter.
 const DETACH_TOKENS: usize = 1 << 18;
 
-/// Call `work` with the token ids of an argument: a buffer, or a `TokenBuffer`.
+/// Call `work` with the token ids of an argument: a buffer, a torch CPU tensor, or a `TokenBuffer`.
 pub fn with_tokens<T: Send>(
     tokens: &Bound<'_, PyAny>,
     work: impl FnOnce(&[u32]) -> CoreResult<T> + Send,
@@ -31,6 +31,13 @@ pub fn with_tokens<T: Send>(
         let result = if buffer.length()? > DETACH_TOKENS { py.detach(work)? } else { work()? };
         return result.map_err(raised);
     }
+    let array;
+    let tokens = if is_array_only(tokens) {
+        array = tokens.call_method0("__array__")?;
+        &array
+    } else {
+        tokens
+    };
     let mut room = Room::new();
     let view = room.view(tokens, "tokens", ffi::PyBUF_ND)?;
     view.check_dimensions("tokens", 1)?;
@@ -59,6 +66,13 @@ pub fn with_tokens<T: Send>(
         Error::Token { index, value } if is_signed => refuse_token(index, i64::from(value.cast_signed())),
         error => raised(error),
     })
+}
+
+/// True for what is no buffer but gives an array over its memory: torch's CPU tensors.
+fn is_array_only(object: &Bound<'_, PyAny>) -> bool {
+    // SAFETY: the object is alive and we are attached.
+    let is_buffer = unsafe { ffi::PyObject_CheckBuffer(object.as_ptr()) } != 0;
+    !is_buffer && object.hasattr("__array__").unwrap_or(false)
 }
 
 /// Call `work` with an int32 argument that is only read.
@@ -102,7 +116,7 @@ impl Room {
         }
         // SAFETY: the call above succeeded.
         let view = View(unsafe { self.0.assume_init_mut() });
-        if !view.0.buf.addr().is_multiple_of(view.itemsize().max(1)) {
+        if view.len() > 0 && !view.0.buf.addr().is_multiple_of(view.itemsize().max(1)) {
             return Err(PyValueError::new_err(format!("{name} must be aligned to its items")));
         }
         Ok(view)
@@ -205,6 +219,12 @@ impl Drop for View<'_> {
         // SAFETY: views exist only while attached, and are released once.
         unsafe { ffi::PyBuffer_Release(self.0) }
     }
+}
+
+/// True when two views share memory, so that they must not be written through at once.
+pub fn overlap(a: &View<'_>, b: &View<'_>) -> bool {
+    let (from_a, from_b) = (a.0.buf.addr(), b.0.buf.addr());
+    from_a < from_b + b.len() * b.itemsize() && from_b < from_a + a.len() * a.itemsize()
 }
 
 /// Say what was wrong with an object that gave no buffer.

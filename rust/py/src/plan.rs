@@ -2,9 +2,10 @@
 
 use std::sync::{Arc, Mutex};
 
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::buffers::Room;
+use crate::buffers::{Room, overlap};
 use crate::errors::{ClosedError, poisoned, raised};
 use crate::pool::Shared;
 
@@ -84,10 +85,10 @@ impl Plan {
         let mut lengths = room_3.writable(lengths, "lengths", 2)?;
         let width = tables.extent(1);
         if lengths.extent(1) != 2 {
-            return Err(pyo3::exceptions::PyValueError::new_err(format!(
-                "lengths must be 2 wide, not {}",
-                lengths.extent(1)
-            )));
+            return Err(PyValueError::new_err(format!("lengths must be 2 wide, not {}", lengths.extent(1))));
+        }
+        if overlap(&tables, &slots) || overlap(&slots, &lengths) || overlap(&tables, &lengths) {
+            return Err(PyValueError::new_err("tables, slots and lengths must not share memory"));
         }
         let mut open = self.open.lock().map_err(poisoned)?;
         let plan = open.as_mut().ok_or_else(finished)?;

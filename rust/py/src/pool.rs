@@ -73,7 +73,10 @@ impl PagePool {
 
     #[pyo3(name = "match", signature = (tokens, namespace = 0))]
     fn matched(&self, tokens: &Bound<'_, PyAny>, namespace: u64) -> PyResult<usize> {
-        with_tokens(tokens, |tokens| Ok(self.shared.lock().map(|pool| pool.matched(Namespace(namespace), tokens))))?
+        with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(pool) => pool.matched(Namespace(namespace), tokens).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })?
     }
 
     #[pyo3(signature = (tokens, namespace = 0, *, reuse = true, share = true, align = 1))]

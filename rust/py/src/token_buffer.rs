@@ -79,8 +79,17 @@ impl TokenBuffer {
             let other = copied(tokens)?;
             return Ok(common_prefix(&self.lock()?, &other));
         }
-        with_tokens(tokens, |tokens| Ok(self.with(|own| Ok(common_prefix(own, tokens)))))??
-            .map_err(crate::errors::raised)
+        with_tokens(tokens, |tokens| {
+            let compared = self.with(|own| {
+                let equal = common_prefix(own, tokens);
+                check_tokens(&tokens[equal..], equal)?;
+                Ok(equal)
+            });
+            match compared {
+                Ok(equal) => equal.map(Ok),
+                Err(poisoned) => Ok(Err(poisoned)),
+            }
+        })?
     }
 }
 

@@ -80,8 +80,10 @@ impl Pool {
     }
 
     /// Return how many leading tokens are cached, to the token. Changes nothing.
-    pub fn matched(&self, namespace: Namespace, tokens: &[u32]) -> usize {
-        self.tree.find_root(namespace).map_or(0, |root| self.tree.walk(root, tokens).1 as usize)
+    pub fn matched(&self, namespace: Namespace, tokens: &[u32]) -> Result<usize> {
+        let matched = self.tree.find_root(namespace).map_or(0, |root| self.tree.walk(root, tokens).1 as usize);
+        check_tokens(&tokens[matched..], matched)?;
+        Ok(matched)
     }
 
     /// Evict up to `count` cold pages and return how many left.

@@ -245,6 +245,8 @@ impl Pool {
             pages: &mut sequence.table[first..],
             duplicates: &mut self.duplicates,
         });
+        // Sealed or freed: either way the page is no longer ours to release.
+        sequence.table.truncate(first);
         self.count_sealed(sealed);
     }
 
