@@ -311,6 +311,25 @@ def test_a_buffer_that_fill_cannot_use_changes_nothing(which, wrong, kind, says,
     assert pool.match(np.arange(32, dtype=np.int32)) == 32, "the victims were not taken back"
 
 
+@pytest.mark.parametrize(
+    ("tables", "slots", "lengths"),
+    [
+        (slice(0, 2), slice(2, 7), slice(0, 4)),
+        (slice(0, 2), slice(1, 6), slice(6, 10)),
+        (slice(0, 2), slice(2, 7), slice(6, 10)),
+    ],
+    ids=["tables and lengths", "tables and slots", "slots and lengths"],
+)
+def test_the_buffers_of_fill_must_not_overlap(tables, slots, lengths, pool, victims):
+    plan, _ = victims
+    memory = np.full(12, -1, np.int32)
+    with pytest.raises(ValueError, match="must not share memory"):
+        plan.fill(memory[tables].reshape(2, 1), memory[slots], memory[lengths].reshape(2, 2))
+    assert (memory == -1).all()
+    plan.fill(memory[:2].reshape(2, 1), memory[2:7], memory[7:11].reshape(2, 2))
+    assert memory[11] == -1
+
+
 def test_fill_says_where_everything_goes_and_may_be_asked_twice(pool, victims):
     plan, (first, second) = victims
     seen = []
