@@ -467,5 +467,5 @@ class RoomyMachine(PoolMachine):
 
 TestWhilePagesAreShort = PoolMachine.TestCase
 TestWhileThereIsRoom = RoomyMachine.TestCase
-TestWhilePagesAreShort.settings = settings(max_examples=400, stateful_step_count=50)
-TestWhileThereIsRoom.settings = settings(max_examples=150, stateful_step_count=50)
+TestWhilePagesAreShort.settings = settings(max_examples=200, stateful_step_count=50)
+TestWhileThereIsRoom.settings = settings(max_examples=80, stateful_step_count=50)
