@@ -235,10 +235,6 @@ FITS = (2, HEADS, 5, WIDTH)
             None,
             "",
             id="too few tokens for the step",
-            marks=pytest.mark.xfail(
-                reason="the tokens that are missing are left unwritten without a word",
-                raises=pytest.fail.Exception,
-            ),
         ),
         pytest.param(
             0,
@@ -246,9 +242,6 @@ FITS = (2, HEADS, 5, WIDTH)
             None,
             "",
             id="too few rows for the step",
-            marks=pytest.mark.xfail(
-                reason="row 0 is written, then row 1 is an IndexError", raises=IndexError
-            ),
         ),
         pytest.param(
             0,
@@ -256,9 +249,6 @@ FITS = (2, HEADS, 5, WIDTH)
             (1, HEADS, 5, VALUE_WIDTH),
             "",
             id="V has fewer rows than K",
-            marks=pytest.mark.xfail(
-                reason="row 0 is written, then row 1 is an IndexError", raises=IndexError
-            ),
         ),
     ],
 )

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvhybrid.cache.pages import PageTable
+from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,6 +104,12 @@ class Step:
         return len(self._slots)
 
     @cached_property
+    def _reach(self) -> tuple[int, int]:
+        """Rows and columns that the input must have at least."""
+        rows = max((span.row + 1 for span in self.spans), default=0)
+        return rows, max((span.column + span.count for span in self.spans), default=0)
+
+    @cached_property
     def _one_each(self) -> tuple[torch.Tensor, ...] | None:
         """Index tensors for a step of one token a row, or None: written with one indexed copy a layer."""
         if len(self.spans) < 2 or any(span.count != 1 for span in self.spans):
@@ -119,6 +126,12 @@ class Step:
         written when the shapes are not the layout's.
         """
         self.storage.check(layer, key, value)
+        rows, columns = self._reach
+        if key.shape[0] != value.shape[0] or key.shape[0] < rows or key.shape[2] < columns:
+            raise LayoutError(
+                f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
+                f"{rows} rows of {columns} tokens"
+            )
         if self._one_each is not None:
             rows, columns, pages, offsets = self._one_each
             self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])

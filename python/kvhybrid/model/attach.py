@@ -1,12 +1,14 @@
 """``attach``: plain ``model.generate`` and ``model.forward`` run through a ``KVCache``.
 
 Nothing of the model is changed but the name of its attention implementation, and all of it is undone
-by ``detach``. Hooks tell the session which tokens a forward pass brings; the wrapped ``generate``
-shows it the whole prompt before transformers slices it.
+by ``detach``. The wrapped ``forward`` tells the session which tokens a forward pass brings; the wrapped
+``generate`` shows it the whole prompt before transformers slices it.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from kvhybrid.cache.kv_cache import KVCache
@@ -40,34 +42,35 @@ class Attachment:
         self.reason = reason
         self.vocab_size = vocab_size(model)
         self._generate = cast("Callable[..., Any]", model.generate)
+        self._forward: Callable[..., Any] = model.forward
+        self._parameters = list(inspect.signature(model.forward).parameters)
         self._attention = PagedAttention(cache.storage)
         self._implementation: str = model.config._attn_implementation
-        self._hooks: list[Any] = []
+        # Set on the object by others (accelerate does), and put back by ``detach``.
+        self._own = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
 
     def install(self) -> Self:
-        """Put the hooks in place."""
+        """Put the wrappers in place: not hooks, because some of transformers' loops call ``forward``."""
         model = self.model
         if self.route is Route.PAGED:
             register()
             model.set_attn_implementation(IMPLEMENTATION)
-        self._hooks = [
-            model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
-        ]
         self.cache.on_session(self.session)
         setattr(model, _ATTACHED, self)
-        model.generate = self.generate  # type: ignore[assignment]  # shadows the method, detach deletes it
+        # Through __dict__: a wrapper must not become a submodule, and not bind a second time.
+        model.__dict__["forward"] = _wrapper(self._forward, self.forward)
+        model.__dict__["generate"] = _wrapper(self._generate, self.generate)
         return self
 
     def detach(self) -> None:
         """Give the model back as it was, and close the cache's sessions. Idempotent."""
         if self.model.__dict__.get(_ATTACHED) is not self:
             return
-        for hook in self._hooks:
-            hook.remove()
         if self.route is Route.PAGED:
             self.model.set_attn_implementation(self._implementation)
-        del self.model.generate
+        for name in ("forward", "generate"):
+            del self.model.__dict__[name]
+        self.model.__dict__.update(self._own)
         delattr(self.model, _ATTACHED)
         self.cache.on_session(None)
 
@@ -123,42 +126,55 @@ class Attachment:
         implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
         return use_cache is not False and implementation is None and kwargs.get("inputs_embeds") is None
 
-    def _before(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own forward pass; one over a session of this cache is a step of that session."""
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         session = kwargs.get("past_key_values")
         if not isinstance(session, PagedSession):
-            return None
+            return self._forward(**kwargs)
         rows = session.rows
+        kwargs = self._announce(rows, kwargs)
+        try:
+            output = self._forward(**kwargs)
+        except BaseException:
+            rows.finish(success=False)
+            raise
+        rows.finish(success=True)
+        return output
+
+    def _announce(self, rows: SessionRows, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Plan the step that ``kwargs`` describe; return them without what is cached all the same."""
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
-        ids: torch.Tensor | None = kwargs.get("input_ids", args[0] if args else None)
+        ids: torch.Tensor | None = kwargs.get("input_ids")
         if ids is None:
             raise InvalidRequestError("a session needs input_ids, got none (inputs_embeds hide the tokens)")
         evicted = rows.reopen()
         if evicted is not None:
             again, seen = (t.to(ids.device) for t in evicted)
-            model(input_ids=again, attention_mask=seen, past_key_values=session, use_cache=True)
-        mask = kwargs.get("attention_mask")
+            past = kwargs["past_key_values"]
+            self.forward(input_ids=again, attention_mask=seen, past_key_values=past, use_cache=True)
         skip = rows.refed(ids)
-        rows.begin(ids[:, skip:], mask)
+        rows.begin(ids[:, skip:], kwargs.get("attention_mask"))
         if not skip:
-            return None
+            return kwargs
         kwargs = {**kwargs, "input_ids": ids[:, skip:]}
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"][..., skip:]
-        return (), kwargs
-
-    def _after(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        session = kwargs.get("past_key_values")
-        if isinstance(session, PagedSession) and session.rows.cache is self.cache:
-            # An exception in forward leaves no output: ``always_call`` then passes None.
-            session.rows.finish(success=output is not None)
+        return kwargs
 
     def __repr__(self) -> str:
         return f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {self.cache!r}>"
+
+
+def _wrapper(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function with the signature of ``own`` (transformers looks at it) that calls ``ours``."""
+
+    @functools.wraps(own)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    return wrapper
 
 
 def attach(

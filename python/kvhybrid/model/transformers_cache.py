@@ -1,7 +1,7 @@
 """``PagedSession``: a ``transformers`` cache whose K and V live in shared pages.
 
 The model calls ``update`` layer by layer and knows nothing of pages. What it cannot know, which
-tokens these K and V belong to, the hooks of ``kvhybrid.model.attach`` tell ``rows`` before each
+tokens these K and V belong to, the wrappers of ``kvhybrid.model.attach`` tell ``rows`` before each
 forward pass and after it, so that every reuse is checked token by token.
 
 Only public methods of ``Cache`` are overridden; its layer classes, which change with every second
