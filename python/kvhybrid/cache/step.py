@@ -126,11 +126,11 @@ class Step:
         written when the shapes are not the layout's.
         """
         self.storage.check(layer, key, value)
-        rows, columns = self._reach
-        if key.shape[0] != value.shape[0] or key.shape[0] < rows or key.shape[2] < columns:
+        batch, tokens = self._reach
+        if key.shape[0] != value.shape[0] or key.shape[0] < batch or key.shape[2] < tokens:
             raise LayoutError(
                 f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
-                f"{rows} rows of {columns} tokens"
+                f"{batch} rows of {tokens} tokens"
             )
         if self._one_each is not None:
             rows, columns, pages, offsets = self._one_each
