@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,8 @@ CONFIGS: dict[str, PretrainedConfig] = {
 def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a model whose logits are far apart, so that equal tokens mean equal attention."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[family], attn_implementation="sdpa")
+    config = copy.deepcopy(CONFIGS[family])  # a model writes its attention implementation into it
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     for name, weight in model.named_parameters():
         # Default weights are so small that attention hardly matters and every prompt repeats one token.
         if weight.dim() == 2 and "embed" not in name and "wte" not in name:

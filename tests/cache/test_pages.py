@@ -265,7 +265,8 @@ def test_a_wrong_shape_is_refused_before_anything_is_written(layer, key, value, 
 def test_columns_of_no_row_are_left_out(planned):
     storage, step, sequences = planned
     key, value = new_tokens(9, torch.Generator().manual_seed(1), 4)
-    step.write(0, key, value)
+    for layer in range(storage.layout.num_layers):
+        step.write(layer, key, value)
     step.commit()
     for row, (sequence, count) in enumerate(zip(sequences, (5, 3), strict=True)):
         table = PageTable(torch.from_numpy(np.frombuffer(sequence.block_table(), np.int32).copy()).long())

@@ -226,7 +226,7 @@ def test_bad_input_is_refused_with_the_numbers(attachment: Attachment) -> None:
     right = torch.ones((1, 6), dtype=torch.long)
     right[0, 4:] = 0
     with pytest.raises(UnsupportedError, match="left padding"):
-        our_text(attachment, prompt(6), right)
+        our_text(attachment, prompt(6), right, past_key_values=session)
     with pytest.raises(InvalidRequestError, match="hides all"):
         our_text(attachment, prompt(6), torch.zeros_like(right))
 

@@ -68,3 +68,9 @@ def test_rows_without_a_likeliest_token_are_none(temperature):
     rows[2] = -torch.inf
     found = sample(rows, [Sampling.seeded(temperature, 1.0, 0) for _ in range(4)])
     assert [token is None for token in found] == [False, True, True, False]
+
+
+def test_the_smallest_temperature_takes_the_likeliest_token():
+    logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
+    tiny = [Sampling.seeded(1e-50, 1.0, 0), Sampling.seeded(1e-50, 0.5, 0)]
+    assert sample(logits, tiny) == [1, 0]

@@ -85,9 +85,12 @@ class KVCache:
         with self._lock:
             return self._namespaces.setdefault(parts, len(self._namespaces))
 
-    def tenant_namespace(self, tenant: str) -> int:
-        """Return the namespace of a tenant: its own, or everybody's without ``tenant_isolation``."""
-        return self.namespace("tenant", tenant if self.config.tenant_isolation else "")
+    def tenant_namespace(self, tenant: str, *parts: str) -> int:
+        """Return the namespace of a tenant: its own, or everybody's without ``tenant_isolation``.
+
+        ``parts`` keep apart what else must not mix: the model whose K and V these are.
+        """
+        return self.namespace("tenant", tenant if self.config.tenant_isolation else "", *parts)
 
     def session(self, session_id: str = "default", *, tenant: str = "default") -> Any:
         """Return the ``transformers`` cache of that session, to pass as ``past_key_values``.
@@ -114,6 +117,11 @@ class KVCache:
             return False
         session.close()
         return True
+
+    @property
+    def is_attached(self) -> bool:
+        """True while a model makes this cache's sessions."""
+        return self._make_session is not None
 
     def on_session(self, make: Callable[[str, str], Session] | None) -> None:
         """Set who makes sessions (``kvhybrid.attach`` does); None takes the maker and its sessions away."""

@@ -48,7 +48,9 @@ class PageStorage:
         self.values = [self._empty(*shape, layout.value_head_dim) for _ in range(layout.num_layers)]
 
     def _empty(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device=self.device)
+        # Made under inference_mode it could not be written outside of it.
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def to_device(self, indices: torch.Tensor) -> torch.Tensor:
         """Copy host indices to where the pages lie, pinned and asynchronously when so configured."""

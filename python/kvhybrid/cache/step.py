@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvhybrid.cache.pages import PageTable
-from kvhybrid.errors import LayoutError
+from kvhybrid.errors import LayoutError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -52,6 +52,9 @@ class Step:
         self.spans = spans
         self._plan = plan
         self._slots = slots
+        self._written: set[int] = set()
+        self._alone: list[Step] = []
+        self._was_abandoned = False
 
     @classmethod
     def plan(
@@ -96,7 +99,15 @@ class Step:
             slots = self._slots[done : done + span.count]
             alone.append(Step(self.storage, self._plan, (replace(span, row=0, column=0),), slots))
             done += span.count
+        self._alone = alone
         return alone
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every layer was written; a model that leaves layers out leaves pages half filled."""
+        if self._alone:
+            return all(step.is_complete for step in self._alone)
+        return len(self._written) == self.storage.layout.num_layers
 
     @property
     def num_tokens(self) -> int:
@@ -132,6 +143,8 @@ class Step:
                 f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
                 f"{batch} rows of {tokens} tokens"
             )
+        key, value = key.detach(), value.detach()
+        self._written.add(layer)
         if self._one_each is not None:
             rows, columns, pages, offsets = self._one_each
             self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])
@@ -143,9 +156,20 @@ class Step:
             )
 
     def commit(self) -> None:
-        """Make the step true: its full blocks are sealed and found by whoever comes next."""
+        """Make the step true: its full blocks are sealed and found by whoever comes next.
+
+        Raises ``UnsupportedError``, and abandons the step, when a layer was not written.
+        """
+        if not self.is_complete:
+            self.abandon()
+            raise UnsupportedError(
+                f"the forward pass wrote K and V of {len(self._written)} layers, "
+                f"the layout has {self.storage.layout.num_layers}"
+            )
         self._plan.commit()
 
     def abandon(self) -> None:
-        """Give the step's pages back."""
-        self._plan.abandon()
+        """Give the step's pages back. A no-op when ``commit`` has done so already."""
+        if not self._was_abandoned:
+            self._was_abandoned = True
+            self._plan.abandon()

@@ -59,6 +59,7 @@ class Lane:
         self._budget = budget
         self._batch = Batch(cache.pool)
         self._full = False  # room was lacking, and no row has left since
+        self._out = Outcome()  # of the step under way: whom it has let go must hear of its end
 
     def has_room(self) -> bool:
         """Return whether it is worth offering candidates: they are refused until a row has left."""
@@ -66,7 +67,7 @@ class Lane:
 
     def step(self, candidates: Sequence[Running]) -> Outcome:
         """Let cancelled rows go and ``candidates`` in, in their order, and compute one step of all rows."""
-        out = Outcome()
+        out = self._out = Outcome()
         self._drop_cancelled(out)
         self._admit(candidates, out)
         if self.rows:
@@ -76,7 +77,8 @@ class Lane:
 
     def fail(self, candidates: Sequence[Running], error: Exception) -> Outcome:
         """Give up every row and candidate, after an exception that ``step`` did not expect."""
-        rows = list({row.key: row for row in (*self.rows, *candidates)}.values())
+        known = (*self.rows, *candidates, *self._out.left, *self._out.waiting)
+        rows = list({row.key: row for row in known}.values())
         self.close(rows)
         return Outcome(failed=[(row, error) for row in rows], error=error)
 

@@ -11,10 +11,13 @@ import functools
 import inspect
 from typing import TYPE_CHECKING, Any, Self, cast
 
+import torch
+
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.errors import ConfigError, InvalidRequestError, UnsupportedError
+from kvhybrid.errors import ConfigError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
-from kvhybrid.model.interface import IMPLEMENTATION, register
+from kvhybrid.model.interface import model_number, reading_pages, switch_off, switch_on
+from kvhybrid.model.obstacles import mask_of, obstacle_to_reuse, obstacle_to_step
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
@@ -23,7 +26,6 @@ from kvhybrid.model.transformers_cache import PagedSession
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import torch
     from transformers import PreTrainedModel
 
     from kvhybrid.config import KVCacheConfig
@@ -45,7 +47,6 @@ class Attachment:
         self._forward: Callable[..., Any] = model.forward
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._attention = PagedAttention(cache.storage)
-        self._implementation: str = model.config._attn_implementation
         # Set on the object by others (accelerate does), and put back by ``detach``.
         self._own = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
 
@@ -53,8 +54,7 @@ class Attachment:
         """Put the wrappers in place: not hooks, because some of transformers' loops call ``forward``."""
         model = self.model
         if self.route is Route.PAGED:
-            register()
-            model.set_attn_implementation(IMPLEMENTATION)
+            switch_on(model)
         self.cache.on_session(self.session)
         setattr(model, _ATTACHED, self)
         # Through __dict__: a wrapper must not become a submodule, and not bind a second time.
@@ -66,13 +66,13 @@ class Attachment:
         """Give the model back as it was, and close the cache's sessions. Idempotent."""
         if self.model.__dict__.get(_ATTACHED) is not self:
             return
-        if self.route is Route.PAGED:
-            self.model.set_attn_implementation(self._implementation)
         for name in ("forward", "generate"):
             del self.model.__dict__[name]
         self.model.__dict__.update(self._own)
         delattr(self.model, _ATTACHED)
         self.cache.on_session(None)
+        if self.route is Route.PAGED:
+            switch_off(self.model)
 
     def __enter__(self) -> Self:
         return self
@@ -87,7 +87,8 @@ class Attachment:
             reader = PagedReader(self._attention)
         else:
             reader = MaterialisedReader(self.cache.storage)
-        namespace = self.cache.tenant_namespace(tenant)
+        # Another model's K and V of the same tokens are other K and V.
+        namespace = self.cache.tenant_namespace(tenant, "model", str(model_number(self.model)))
         rows = SessionRows(
             self.cache, reader, namespace=namespace, vocab_size=self.vocab_size, name=session_id
         )
@@ -98,33 +99,32 @@ class Attachment:
 
         Takes what ``model.generate`` takes. Without ``past_key_values`` the prompt is matched against
         everything cached; with a session of this cache it continues that session. Other caches,
-        ``use_cache=False`` and prompts given as embeddings pass through untouched.
+        ``use_cache=False`` and whatever a session cannot take (embeddings, images, masks with holes,
+        dropout) pass through untouched; with a session they are a clear error.
         """
         past = kwargs.get("past_key_values")
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        if past is None:
-            if ids is None or not self._can_reuse(kwargs, args):
-                return self._generate(inputs, *args, **kwargs)
-            session = self.session("")
-        elif isinstance(past, PagedSession) and past.rows.cache is self.cache:
-            session = past
-            if ids is None:
-                raise InvalidRequestError(
-                    "a session needs the prompt's token ids, got none (inputs_embeds hide them)"
-                )
-        else:
+        is_ours = isinstance(past, PagedSession) and past.rows.cache is self.cache
+        if past is not None and not is_ours:
             return self._generate(inputs, *args, **kwargs)
-        session.rows.prepare(ids, kwargs.get("attention_mask"))
-        try:
-            return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
-        finally:
-            session.rows.release()
-
-    def _can_reuse(self, kwargs: dict[str, Any], args: tuple[Any, ...]) -> bool:
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = kwargs.get("generation_config", args[0] if args else None) or self.model.generation_config
-        use_cache = kwargs.get("use_cache", getattr(config, "use_cache", True))
-        implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
-        return use_cache is not False and implementation is None and kwargs.get("inputs_embeds") is None
+        obstacle = obstacle_to_reuse(self.model, ids, kwargs, config)
+        if obstacle is not None and is_ours:
+            raise UnsupportedError(f"a session cannot take {obstacle}")
+        if obstacle is not None or ids is None:
+            return self._generate(inputs, *args, **kwargs)
+        session = past if isinstance(past, PagedSession) else self.session("")
+        with session.rows.in_use():
+            try:
+                session.rows.prepare(ids, mask_of(ids, kwargs, config))
+            except UnsupportedError:
+                if is_ours:
+                    raise
+                return self._generate(inputs, *args, **kwargs)
+            try:
+                return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
+            finally:
+                session.rows.release()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward pass; one over a session of this cache is a step of that session."""
@@ -133,35 +133,55 @@ class Attachment:
         if not isinstance(session, PagedSession):
             return self._forward(**kwargs)
         rows = session.rows
-        kwargs = self._announce(rows, kwargs)
-        try:
-            output = self._forward(**kwargs)
-        except BaseException:
-            rows.finish(success=False)
-            raise
-        rows.finish(success=True)
-        return output
-
-    def _announce(self, rows: SessionRows, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Plan the step that ``kwargs`` describe; return them without what is cached all the same."""
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
-        ids: torch.Tensor | None = kwargs.get("input_ids")
-        if ids is None:
-            raise InvalidRequestError("a session needs input_ids, got none (inputs_embeds hide the tokens)")
+        if (obstacle := obstacle_to_step(self.model, kwargs)) is not None:
+            raise UnsupportedError(f"a session cannot take {obstacle}")
+        with rows.in_use():
+            self._recompute(rows, session, kwargs)
+            skip = rows.refed(kwargs["input_ids"])
+            kwargs = {**kwargs, "input_ids": kwargs["input_ids"][:, skip:]}
+            rows.begin(kwargs["input_ids"], kwargs.get("attention_mask"))
+            try:
+                self._place(rows, kwargs, skip)
+                with reading_pages(rows.reader.reads_pages):
+                    output = self._forward(**kwargs)
+            except BaseException:
+                rows.finish(success=False)
+                raise
+            rows.finish(success=True)
+        return output
+
+    def _recompute(self, rows: SessionRows, session: PagedSession, kwargs: dict[str, Any]) -> None:
+        """Compute again what was evicted while the session was released."""
         evicted = rows.reopen()
-        if evicted is not None:
-            again, seen = (t.to(ids.device) for t in evicted)
-            past = kwargs["past_key_values"]
-            self.forward(input_ids=again, attention_mask=seen, past_key_values=past, use_cache=True)
-        skip = rows.refed(ids)
-        rows.begin(ids[:, skip:], kwargs.get("attention_mask"))
-        if not skip:
-            return kwargs
-        kwargs = {**kwargs, "input_ids": ids[:, skip:]}
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = kwargs["position_ids"][..., skip:]
-        return kwargs
+        if evicted is None:
+            return
+        again, seen = (t.to(kwargs["input_ids"].device) for t in evicted)
+        try:
+            self.forward(input_ids=again, attention_mask=seen, past_key_values=session, use_cache=True)
+        except BaseException:
+            rows.stay_released()
+            raise
+
+    def _place(self, rows: SessionRows, kwargs: dict[str, Any], skip: int) -> None:
+        """See to it that tokens stand where they are cached: at their place in the text, padding not counted.
+
+        Raises ``UnsupportedError`` for other positions: others would find K that was turned another way.
+        """
+        positions, is_token = rows.positions()
+        given = kwargs.get("position_ids")
+        if given is None:
+            # Without padding the model's own count is right; with it, it counts the padding.
+            if rows.has_padding and "position_ids" in self._parameters:
+                kwargs["position_ids"] = torch.from_numpy(positions).to(kwargs["input_ids"].device)
+            return
+        given = kwargs["position_ids"] = given[..., skip:]
+        fits = given.dim() == 2 and given.shape[1] == positions.shape[1]
+        if not fits or ((given.cpu().numpy() != positions) & is_token).any():
+            raise UnsupportedError(
+                "a session cannot take position_ids other than each token's place in its text"
+            )
 
     def __repr__(self) -> str:
         return f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {self.cache!r}>"
@@ -196,6 +216,8 @@ def attach(
         raise ConfigError("give a cache or a config, not both: a cache has its config")
     if cache is None:
         cache = KVCache.for_model(model, config)
+    if cache.is_attached:
+        raise ConfigError("the cache is attached to a model already: give this one a cache of its own")
     route, reason = choose_route(model, cache.layout)
     return Attachment(model, cache, route, reason).install()
 

@@ -169,7 +169,8 @@ class PagedAttention:
         known = self._buffers.of.get(name)
         if known is None or known.shape[0] < pages:
             room = max(pages, 2 * known.shape[0] if known is not None else 0)
-            known = torch.empty((room, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
+            with torch.inference_mode(False):  # or it could not be reused outside of it
+                known = torch.empty((room, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
             self._buffers.of[name] = known
         return known[:pages]
 

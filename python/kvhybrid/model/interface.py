@@ -6,17 +6,22 @@ cache, training, another cache, is handed to torch's own attention as before.
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-from transformers.modeling_utils import AttentionInterface
+from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from kvhybrid.cache.step import Step
     from kvhybrid.model.attention import PagedAttention
 
@@ -24,18 +29,83 @@ IMPLEMENTATION = "kvhybrid"
 # What a model may hand to its attention function that changes the result and that we do not compute.
 REFUSED = ("softcap", "s_aux", "position_bias")
 
+# What may be asked of a marked key without attending to it.
+HARMLESS = (
+    *(
+        getattr(torch.Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_cpu")
+    ),
+    torch.Tensor.size,
+    torch.Tensor.dim,
+    torch.Tensor.stride,
+)
+
 _thread = threading.local()
+_switch_lock = threading.Lock()
+# Model -> (its own implementation, how many attachments and runners use ours).
+_switched: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = weakref.WeakKeyDictionary()
 
 
-def running_paged(value: bool) -> None:
-    """Say whether the forward pass under way in this thread reads pages."""
+_numbers: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_next_number = itertools.count()
+
+
+def model_number(model: PreTrainedModel) -> int:
+    """Return a number that no other model of this process has, had or will have."""
+    with _switch_lock:
+        if model not in _numbers:
+            _numbers[model] = next(_next_number)
+        return _numbers[model]
+
+
+@contextmanager
+def reading_pages(value: bool) -> Iterator[None]:
+    """Say whether the forward pass inside reads pages; for this thread, and as before behind it."""
+    before = getattr(_thread, "paged", False)
     _thread.paged = value
+    try:
+        yield
+    finally:
+        _thread.paged = before
+
+
+def own_implementation(model: PreTrainedModel) -> str:
+    """Return the attention implementation that the model has when nobody switched it to ours."""
+    with _switch_lock:
+        known = _switched.get(model)
+    return known[0] if known is not None else str(model.config._attn_implementation)
+
+
+def switch_on(model: PreTrainedModel) -> None:
+    """Have the model attend through us. Counted: it gets its own back when the last user switches off."""
+    with _switch_lock:
+        known = _switched.get(model)
+        if known is None:
+            AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
+            AttentionMaskInterface.register(IMPLEMENTATION, paged_mask)
+            known = str(model.config._attn_implementation), 0
+            model.set_attn_implementation(IMPLEMENTATION)
+        _switched[model] = known[0], known[1] + 1
+
+
+def switch_off(model: PreTrainedModel) -> None:
+    """Undo one ``switch_on``."""
+    with _switch_lock:
+        own, users = _switched[model]
+        if users > 1:
+            _switched[model] = own, users - 1
+            return
+        del _switched[model]
+        model.set_attn_implementation(own)
 
 
 class PageHandle(torch.Tensor):
-    """The step's own keys, marked with the pages where their past lies."""
+    """The step's own keys, marked with the pages where their past lies.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's own way
+    Nothing but our attention may compute with it: whoever attended to these keys alone would miss the
+    past and, in a packed step, see other rows. So every operation on it raises ``UnsupportedError``.
+    """
+
     pages: tuple[PagedAttention, Step, int, torch.Tensor]
 
     @classmethod
@@ -44,6 +114,23 @@ class PageHandle(torch.Tensor):
         handle: PageHandle = key.as_subclass(cls)
         handle.pages = (attention, step, layer, key)
         return handle
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Let shapes be asked for, and nothing else."""
+        if func in HARMLESS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        raise UnsupportedError(
+            f"{getattr(func, '__name__', func)} was called on keys that stand for pages: the model computes "
+            "with K before it attends, or its attention implementation was changed while it ran"
+        )
 
 
 def paged_attention_forward(
@@ -72,7 +159,8 @@ def paged_attention_forward(
                 f"{type(module).__name__} attends with {name}, which the paged route does not compute"
             )
     attention, step, layer, plain = key.pages
-    return attention.attend(step, layer, query, plain, value, scaling, sliding_window), None
+    with torch.no_grad():
+        return attention.attend(step, layer, query, plain, value, scaling, sliding_window), None
 
 
 def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -81,9 +169,3 @@ def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         return None
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
-
-
-def register() -> None:
-    """Make the implementation known to transformers, function and mask both. Idempotent."""
-    AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, paged_mask)

@@ -17,6 +17,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.cache.step import Step
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.model.interface import own_implementation
 from kvhybrid.model.probe import TOLERANCE, refuse
 from kvhybrid.model.runner import Packing, Runner
 
@@ -51,7 +52,7 @@ def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
     lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
     texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
     expected = torch.cat(_own_logits(model, texts))
-    implementation = model.config._attn_implementation
+    implementation = own_implementation(model)
     if implementation == "sdpa":
         problem = _try(model, layout, Packing.RAGGED, texts, expected)
         if problem is None:

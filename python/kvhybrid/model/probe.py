@@ -7,7 +7,7 @@ attention needs more than we compute, shows here and not in a user's text.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicCache
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.model.interface import own_implementation
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import Route
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 # Columns of the probe's forward passes: a prefill, several tokens behind it, then one.
 STEPS = (11, 5, 1)
 PADDING = 3
+# Rotary embeddings that change with the length of the text, and with them the keys of the same tokens.
+REGIMES = ("dynamic", "longrope")
 # Largest difference of logits, as a share of their spread, that summing in another order explains.
 TOLERANCE = {"float32": 2e-3, "float16": 4e-2, "bfloat16": 8e-2}
 
@@ -53,15 +56,27 @@ def refuse(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: only decoders are served")
+    if (kind := _rope_type(model.config.get_text_config())) in REGIMES:
+        raise UnsupportedError(
+            f"{name} rotates keys by {kind!r}, which depends on a text's whole length: K of one text cannot "
+            "serve another"
+        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedError(
             f"{name} keeps a recurrent state, which is not K and V: it cannot be cached in pages"
         )
 
 
+def _rope_type(config: Any) -> str | None:
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [found, *found.values()]  # some models have one by layer type
+    types = [kind.get("rope_type", kind.get("type")) for kind in kinds if isinstance(kind, dict)]
+    return next((kind for kind in types if kind in REGIMES), None)
+
+
 def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Route, str]:
     expected = _logits(model, DynamicCache(config=model.config))
-    implementation = model.config._attn_implementation
+    implementation = own_implementation(model)
     if implementation == "sdpa":
         problem = _try(model, layout, Route.PAGED, expected)
         if problem is None:

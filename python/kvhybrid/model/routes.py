@@ -9,11 +9,11 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from kvhybrid.model.interface import PageHandle, running_paged
+import torch
+
+from kvhybrid.model.interface import PageHandle
 
 if TYPE_CHECKING:
-    import torch
-
     from kvhybrid.cache.pages import PageStorage
     from kvhybrid.cache.step import Step
     from kvhybrid.model.attention import PagedAttention
@@ -27,13 +27,12 @@ class Route(StrEnum):
 
 
 class Reader(Protocol):
-    """How one session hands its K and V to the model."""
+    """How one session hands its K and V to the model. ``reads_pages``: masks are left to us."""
 
-    def start(self, step: Step, columns: int) -> None:
-        """A forward pass over ``step``, behind ``columns`` held columns, begins in this thread."""
+    reads_pages: bool
 
-    def end(self) -> None:
-        """That forward pass is over, one way or the other."""
+    def start(self, columns: int) -> None:
+        """A forward pass behind ``columns`` held columns begins."""
 
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -50,16 +49,13 @@ class Reader(Protocol):
 class PagedReader:
     """The paged route: holds nothing, the pages are read where they lie."""
 
+    reads_pages = True
+
     def __init__(self, attention: PagedAttention) -> None:
         self._attention = attention
 
-    def start(self, step: Step, columns: int) -> None:
-        """From here on this thread's masks are left to us."""
-        running_paged(True)
-
-    def end(self) -> None:
-        """Masks are the model's own again."""
-        running_paged(False)
+    def start(self, columns: int) -> None:
+        """Nothing to prepare."""
 
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -81,18 +77,17 @@ class MaterialisedReader:
     costs what its new tokens cost.
     """
 
+    reads_pages = False
+
     def __init__(self, storage: PageStorage) -> None:
         self._storage = storage
         self._mirrors: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._filled: dict[int, int] = {}
         self._columns = 0
 
-    def start(self, step: Step, columns: int) -> None:
+    def start(self, columns: int) -> None:
         """Remember how many columns lie before the step's own."""
         self._columns = columns
-
-    def end(self) -> None:
-        """Nothing to undo."""
 
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
@@ -109,7 +104,7 @@ class MaterialisedReader:
                 self._storage.gather(
                     layer, span.table, start, span.past, (keys[span.row, :, held], values[span.row, :, held])
                 )
-        keys[:, :, past:total], values[:, :, past:total] = key, value
+        keys[:, :, past:total], values[:, :, past:total] = key.detach(), value.detach()
         self._filled[layer] = total
         return keys[:, :, :total], values[:, :, :total]
 
@@ -124,8 +119,10 @@ class MaterialisedReader:
         grown = []
         for index, new in enumerate((key, value)):
             batch, heads, _, width = new.shape
-            # Zeros, because padding is multiplied by a weight of zero, and NaN times zero is NaN.
-            mirror = new.new_zeros((batch, heads, room, width))
+            # Zeros, because padding is multiplied by a weight of zero, and NaN times zero is NaN. No
+            # inference tensor, because the next pass may be under another mode.
+            with torch.inference_mode(False):
+                mirror = torch.zeros((batch, heads, room, width), dtype=new.dtype, device=new.device)
             if known is not None:
                 mirror[:, :, :held] = known[index][:, :, :held]
             grown.append(mirror)
@@ -134,8 +131,9 @@ class MaterialisedReader:
 
     def reorder(self, rows: list[int]) -> None:
         """Keep these rows of every mirror, in this order."""
-        for layer, (keys, values) in self._mirrors.items():
-            self._mirrors[layer] = keys[rows], values[rows]
+        with torch.inference_mode(False):
+            for layer, (keys, values) in self._mirrors.items():
+                self._mirrors[layer] = keys[rows], values[rows]
 
     def forget(self, columns: int) -> None:
         """Drop what is held from ``columns`` on; with 0 the mirrors themselves."""

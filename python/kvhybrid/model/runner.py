@@ -15,7 +15,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvhybrid.model.attention import PagedAttention
-from kvhybrid.model.interface import IMPLEMENTATION, register
+from kvhybrid.model.interface import reading_pages, switch_off, switch_on
 from kvhybrid.model.routes import MaterialisedReader, PagedReader
 
 if TYPE_CHECKING:
@@ -48,10 +48,9 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in parameters
         # Models that count positions themselves (BLOOM) count right when rows come one by one.
         self._takes_positions = "position_ids" in parameters or packing is Packing.RAGGED
-        self._implementation: str = model.config._attn_implementation
-        if packing is Packing.RAGGED and self._implementation != IMPLEMENTATION:
-            register()
-            model.set_attn_implementation(IMPLEMENTATION)
+        self._is_open = True
+        if packing is Packing.RAGGED:
+            switch_on(model)
 
     @torch.inference_mode()
     def run(self, step: Step, tokens: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
@@ -79,16 +78,14 @@ class Runner:
             options["logits_to_keep"] = last.to(tokens.device)
         if self._takes_positions:
             options["position_ids"] = positions[None].to(tokens.device)
-        reader.start(step, columns)
-        try:
+        reader.start(columns)
+        with reading_pages(reader.reads_pages):
             output = self.model(
                 input_ids=tokens[None],
                 past_key_values=StepCache(step, reader, columns),
                 use_cache=True,
                 **options,
             )
-        finally:
-            reader.end()
         logits: torch.Tensor = output.logits[0]
         if not self._keeps_logits:
             logits = logits[last.to(logits.device)]
@@ -99,10 +96,11 @@ class Runner:
         self._mirrors.pop(key, None)
 
     def close(self) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was. Idempotent."""
         self._mirrors.clear()
-        if self.packing is Packing.RAGGED and self.model.config._attn_implementation != self._implementation:
-            self.model.set_attn_implementation(self._implementation)
+        if self._is_open and self.packing is Packing.RAGGED:
+            switch_off(self.model)
+        self._is_open = False
 
 
 class StepCache(Cache):

@@ -60,8 +60,9 @@ def _draw(logits: torch.Tensor, settings: list[Sampling], *, narrow: bool) -> to
     tokens that reach ``top_p`` (nucleus sampling; Holtzman et al. 2020).
     """
     device = logits.device
-    temperature = torch.tensor([s.temperature for s in settings], device=device)
-    weights = torch.softmax(logits / temperature[:, None], dim=-1, dtype=torch.float64)
+    # In float64: in float32 the smallest temperatures are 0, and 0 / 0 is NaN.
+    temperature = torch.tensor([s.temperature for s in settings], dtype=torch.float64, device=device)
+    weights = torch.softmax(logits.double() / temperature[:, None], dim=-1)
     order = None
     if narrow:
         weights, order = weights.sort(dim=-1, descending=True, stable=True)

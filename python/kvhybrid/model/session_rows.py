@@ -12,6 +12,8 @@ Knows tokens, rows and steps; no model, and nothing of ``transformers``.
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -24,7 +26,7 @@ from kvhybrid.errors import ClosedError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.padding import read_ids, read_padding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     import numpy.typing as npt
 
@@ -52,9 +54,30 @@ class SessionRows:
         self.cached: list[int] = []
         self._texts: list[Text] = []  # what the rows hold while no pages are: see ``release``
         self._batch: Batch | None = None
+        self._reopening: tuple[list[Text], int] = [], 0
         self._width = 0  # columns of the step under way
         self._appended = False  # whether that step brought its own tokens
         self._closed = False
+        self._lock = threading.RLock()
+        self._depth = 0  # how often its owner has entered ``in_use``
+        self._is_closing = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Own the session for a while; re-entrant for its thread.
+
+        Raises ``InvalidRequestError`` while another thread owns it: one text has one next token.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise InvalidRequestError(f"session {self.name!r} is in use by another thread")
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if self._is_closing and self._depth == 0:
+                self._close()
+            self._lock.release()
 
     @property
     def num_rows(self) -> int:
@@ -137,11 +160,30 @@ class SessionRows:
             row.truncate(len(text))
         if self.columns >= columns:
             return None
+        self._reopening = texts, columns
         ids = np.zeros((len(texts), columns), np.int64)
         mask = np.zeros_like(ids)
         for index, (pad, text) in enumerate(zip(pads, texts, strict=True)):
             ids[index, pad:], mask[index, pad:] = text, 1
         return torch.from_numpy(ids[:, self.columns :]), torch.from_numpy(mask)
+
+    @property
+    def has_padding(self) -> bool:
+        """True when any row begins with padding."""
+        return any(self._pads)
+
+    def stay_released(self) -> None:
+        """Undo a ``reopen`` whose evicted columns could not be computed again."""
+        _close_rows(self.sequences)
+        self.sequences, self._batch = [], None
+        self._texts, self.columns = self._reopening
+        self.reader.forget(0)
+
+    def positions(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return the step's positions ``[batch, columns]``, and where there are tokens and no padding."""
+        columns = np.arange(self.columns, self.columns + self._width)
+        positions = columns - np.array(self._pads)[:, None]
+        return positions.clip(min=0), positions >= 0
 
     def begin(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Plan the forward pass over ``input_ids`` ``[batch, tokens]``, which follow what is cached.
@@ -158,7 +200,8 @@ class SessionRows:
             raise UnsupportedError(
                 f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only"
             )
-        if not self.sequences:
+        is_new = not self.sequences
+        if is_new:
             self._pads = read_padding(mask, batch, width)
             self.sequences = [
                 self.cache.pool.open(ids[row, pad:].astype(np.uint32), self._namespace, reuse=False)
@@ -172,12 +215,7 @@ class SessionRows:
                     f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
                 )
             self.repeat(batch // len(self.sequences))
-        if mask is not None and mask.shape[1] != self.columns + width:
-            raise InvalidRequestError(
-                f"attention_mask is {list(mask.shape)}, expected [{batch}, {self.columns + width}]: "
-                f"{self.columns} columns held and {width} new"
-            )
-        if mask is not None and int(mask.sum()) != batch * mask.shape[1] - sum(self._pads):
+        if mask is not None and read_padding(mask, batch, self.columns + width) != self._pads:
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
         counts = np.zeros(batch, np.int32)
         places: list[tuple[int, int]] = []
@@ -187,10 +225,13 @@ class SessionRows:
                 self._batch = Batch(self.cache.pool, self.sequences)
             self.step = Step.plan(self.cache.storage, self._batch, counts, places=places)
         except BaseException:
+            if is_new:
+                _close_rows(self.sequences)
+                self.sequences = []
             self._take_back(appended)
             raise
         self._appended, self._width = appended, width
-        self.reader.start(self.step, self.columns)
+        self.reader.start(self.columns)
 
     def _feed(self, ids: Ids, counts: npt.NDArray[np.int32], places: list[tuple[int, int]]) -> bool:
         """Match the fed columns to the rows' pending tokens, or append them. True if any was appended."""
@@ -226,12 +267,18 @@ class SessionRows:
         step, self.step = self.step, None
         if step is None:
             return
-        self.reader.end()
-        if success:
-            step.commit()
-            self.columns += self._width
-            return
-        step.abandon()
+        try:
+            if success:
+                step.commit()
+                self.columns += self._width
+                return
+            step.abandon()
+        except UnsupportedError:  # from commit, which has abandoned the step
+            self._forget_step()
+            raise
+        self._forget_step()
+
+    def _forget_step(self) -> None:
         self._take_back(self._appended)
         self.reader.forget(self.columns)
 
@@ -245,7 +292,15 @@ class SessionRows:
         self.reader.forget(0)
 
     def close(self) -> None:
-        """Release the pages for good. Idempotent."""
+        """Release the pages for good; when another thread uses them, as soon as it is done. Idempotent."""
+        self._is_closing = True
+        if self._lock.acquire(blocking=False):
+            try:
+                self._close()
+            finally:
+                self._lock.release()
+
+    def _close(self) -> None:
         self.release()
         self._texts, self._closed = [], True
 

@@ -1,0 +1,94 @@
+"""What keeps a call from running through the cache: inputs that shape K and V beside the tokens.
+
+Pages are found by tokens alone. Whatever else goes into K and V (images, embeddings, token types, dropout)
+would be served to a text that never had it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
+# Arguments of ``forward`` that leave the K and V of given tokens at given places alone.
+NEUTRAL: Final = frozenset(
+    {
+        "input_ids",
+        "attention_mask",
+        "position_ids",
+        "past_key_values",
+        "cache_position",
+        "use_cache",
+        "logits_to_keep",
+        "num_logits_to_keep",
+        "labels",
+        "return_dict",
+        "output_hidden_states",
+        "output_router_logits",
+        "shift_labels",
+    }
+)
+# Arguments of ``generate`` that a forward pass knows, too, and that change what is computed.
+SHAPING: Final = ("inputs_embeds", "position_ids", "token_type_ids", "pixel_values", "encoder_outputs")
+
+
+def drops_out(model: PreTrainedModel) -> bool:
+    """Return whether a forward pass now would drop anything at random."""
+    if not model.training:
+        return False
+    layers = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    config = model.config.get_text_config()
+    return layers or any(
+        getattr(config, name, 0)
+        for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    )
+
+
+def obstacle_to_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
+    """Return what of a forward pass's arguments a session cannot take, or None."""
+    if kwargs.get("input_ids") is None:
+        return "a forward pass without input_ids: embeddings hide the tokens"
+    for name, value in kwargs.items():
+        if name not in NEUTRAL and value is not None and value is not False:
+            return name
+    if kwargs.get("use_cache") is False:
+        return "use_cache=False: it is a cache"
+    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+
+
+def obstacle_to_reuse(
+    model: PreTrainedModel, ids: torch.Tensor | None, kwargs: dict[str, Any], config: GenerationConfig
+) -> str | None:
+    """Return what of a call to ``generate`` keeps its prompt from being cached, or None."""
+    if ids is None:
+        return "a prompt without token ids: embeddings hide the tokens"
+    for name in (*SHAPING, *(set(kwargs) - NEUTRAL)):
+        if kwargs.get(name) is not None and (
+            name in SHAPING or name.startswith(("pixel_", "image_", "video_", "input_features"))
+        ):
+            return name
+    for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
+        if kwargs.get(name, getattr(config, name, None)):
+            return name
+    if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
+        return "use_cache=False: it is a cache"
+    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+
+
+def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> torch.Tensor | None:
+    """Return the prompt's attention mask: the one given, or the one that ``generate`` will infer.
+
+    transformers takes the padding token for padding wherever it stands, unless it also ends texts.
+    """
+    mask: torch.Tensor | None = kwargs.get("attention_mask")
+    if mask is not None:
+        return mask
+    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
+    ends = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    known_ends = ends if isinstance(ends, list | tuple) else [ends]
+    if not isinstance(pad, int) or pad in known_ends or not bool((ids == pad).any()):
+        return None
+    return ids.ne(pad).long()
