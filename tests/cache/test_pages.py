@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from kvhybrid import KVLayout, LayoutError
 from kvhybrid._core import Batch, PagePool
-from kvhybrid.cache.pages import MAX_RUNS, PageStorage, PageTable
+from kvhybrid.cache.pages import MAX_RUNS, RUN_BYTES, PageStorage, PageTable
 from kvhybrid.cache.step import Step
 
 LAYERS, HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4, 2
@@ -16,6 +16,9 @@ LAYERS, HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4, 2
 dtypes = st.sampled_from(["float32", "float16", "bfloat16"])
 sizes = st.sampled_from([1, 2, 4, 16])
 counts = st.lists(st.integers(1, 37), min_size=1, max_size=4)
+
+# So large that only MAX_RUNS decides what is gathered.
+PAGE_BYTES = RUN_BYTES * MAX_RUNS
 
 
 def storage_of(pages, block_size=4, dtype="float32"):
@@ -117,7 +120,7 @@ def test_the_pieces_of_a_table_are_its_tokens_in_order(length, size, shuffle, se
     start = data.draw(st.integers(0, length))
     stop = data.draw(st.integers(start, length))
     found = []
-    for piece in table.pieces(start, stop, size):
+    for piece in table.pieces(start, stop, size, PAGE_BYTES):
         view = storage.view(storage.keys[0], piece)
         found.append(view.transpose(0, 1).flatten(1, 2) if piece.pages else view)
     joined = torch.cat(found, dim=1) if found else key[:, :0]
@@ -126,12 +129,12 @@ def test_the_pieces_of_a_table_are_its_tokens_in_order(length, size, shuffle, se
 
 def test_neighbouring_pages_are_one_view_and_scattered_ones_one_copy():
     storage = storage_of(40)
-    (run,) = PageTable(torch.arange(5, 25)).pieces(0, 80, 4)
+    (run,) = PageTable(torch.arange(5, 25)).pieces(0, 80, 4, PAGE_BYTES)
     assert (run.page, run.pages) == (5, 20)
     assert storage.view(storage.keys[0], run).data_ptr() == storage.keys[0][5].data_ptr()
     scattered = torch.arange(0, 40, 2)
     assert len(scattered) > MAX_RUNS
-    (piece,) = PageTable(scattered).pieces(0, 80, 4)
+    (piece,) = PageTable(scattered).pieces(0, 80, 4, PAGE_BYTES)
     out = torch.empty(len(scattered), HEADS, 4, WIDTH)
     view = storage.view(storage.keys[0], piece, out)
     assert view.data_ptr() == out.data_ptr()
@@ -272,3 +275,13 @@ def test_columns_of_no_row_are_left_out(planned):
         table = PageTable(torch.from_numpy(np.frombuffer(sequence.block_table(), np.int32).copy()).long())
         found = read(storage, 0, table, 0, count)
         assert same(found, (key[row, :, :count], value[row, :, :count]))
+
+
+def test_few_bytes_in_several_runs_are_gathered_and_many_are_read_in_place():
+    ids = torch.tensor([3, 4, 9, 10, 20])
+    (gathered,) = PageTable(ids).pieces(0, 20, 4, 64)
+    assert gathered.scattered is not None
+    runs = PageTable(ids).pieces(0, 20, 4, RUN_BYTES)
+    assert [(piece.page, piece.pages) for piece in runs] == [(3, 2), (9, 2), (20, 1)]
+    (alone,) = PageTable(torch.arange(5)).pieces(0, 20, 4, 64)
+    assert alone.scattered is None

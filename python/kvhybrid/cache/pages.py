@@ -43,6 +43,7 @@ class PageStorage:
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
+        self.page_bytes = layout.bytes_per_page // (2 * layout.num_layers)
         shape = (num_pages, layout.num_kv_heads, layout.block_size)
         self.keys = [self._empty(*shape, layout.head_dim) for _ in range(layout.num_layers)]
         self.values = [self._empty(*shape, layout.value_head_dim) for _ in range(layout.num_layers)]
@@ -127,7 +128,7 @@ class PageStorage:
     ) -> None:
         """Copy a row's tokens ``[start, stop)`` to ``out``: a pair of ``[num_kv_heads, tokens, width]``."""
         size, done = self.block_size, 0
-        pieces = table.pieces(start, stop, size)
+        pieces = table.pieces(start, stop, size, self.page_bytes)
         for piece in pieces:
             tokens = piece.last - piece.first if piece.pages == 0 else piece.pages * size
             for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):
@@ -160,8 +161,10 @@ class Piece(NamedTuple):
     """Ids of pages that are too many runs to read one by one."""
 
 
-# Past this many runs of pages one index_select costs less than a call a run.
+# Past this many runs of pages one index_select costs less than a few calls a run. A call takes as long as
+# copying this many bytes: short contexts are gathered sooner, long ones are read in place.
 MAX_RUNS = 8
+RUN_BYTES = 2**18
 
 
 class PageTable:
@@ -173,14 +176,17 @@ class PageTable:
         self.ids = ids
         self._pieces: dict[tuple[int, int], list[Piece]] = {}
 
-    def pieces(self, start: int, stop: int, size: int) -> list[Piece]:
-        """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer."""
+    def pieces(self, start: int, stop: int, size: int, page_bytes: int) -> list[Piece]:
+        """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer.
+
+        ``size``: tokens a page; ``page_bytes``: bytes of one layer's keys in it.
+        """
         known = self._pieces.get((start, stop))
         if known is None:
-            known = self._pieces[start, stop] = list(self._find(start, stop, size))
+            known = self._pieces[start, stop] = list(self._find(start, stop, size, page_bytes))
         return known
 
-    def _find(self, start: int, stop: int, size: int) -> Iterator[Piece]:
+    def _find(self, start: int, stop: int, size: int, page_bytes: int) -> Iterator[Piece]:
         if start >= stop:
             return
         low, high = -(-start // size), stop // size
@@ -192,7 +198,7 @@ class PageTable:
         if low < high:
             ids = self.ids[low:high]
             breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
-            if len(breaks) >= MAX_RUNS:
+            if len(breaks) >= min(MAX_RUNS, 1 + len(ids) * page_bytes // RUN_BYTES):
                 yield Piece(0, high - low, scattered=ids)
             else:
                 for a, b in itertools.pairwise([0, *(at + 1 for at in breaks), high - low]):

@@ -30,7 +30,7 @@ def run_demo(path: Path | None, *, device: str, json_path: Path | None, sessions
     quiet = json_path is not None and str(json_path) == "-"
     console = Console(stderr=quiet)
     logging.disable_progress_bar()  # ours says more
-    model, tokenizer = load_model(path, device=device)
+    model, tokenizer = in_own_thread(load_model, path, device=device)
     assert tokenizer is not None  # a model from a path or our own always has one
     work = write_conversations(model, tokenizer, sessions=sessions, turns=turns)
     with _progress(console) as progress:

@@ -95,7 +95,7 @@ class PagedAttention:
         storage, kv_heads = self.storage, self.storage.layout.num_kv_heads
         heads, count, dim = q.shape
         folded = (q * scale).reshape(kv_heads, heads // kv_heads * count, dim)
-        pieces = span.table.pieces(start, span.total, storage.block_size)
+        pieces = span.table.pieces(start, span.total, storage.block_size, storage.page_bytes)
         keys = [self._view("k", storage.keys[layer], piece, q.dtype) for piece in pieces]
         scores = [_scores(folded, piece) for piece in keys]
         joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
