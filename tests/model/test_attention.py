@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import torch
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from kvhybrid.cache.pages import PageStorage, PageTable
 from kvhybrid.cache.step import Span, Step
 from kvhybrid.layout import KVLayout
+from kvhybrid.model import attention
 from kvhybrid.model.attention import PagedAttention
 
 PAGES = 80
@@ -43,6 +45,7 @@ def exact(
     seed=st.integers(0, 2**16),
     scattered=st.booleans(),
     storage_dtype=st.sampled_from(["float32", "float32", "float16"]),
+    from_memory=st.booleans(),
 )
 def test_attention_over_pages_equals_exact_arithmetic(
     block_size: int,
@@ -54,6 +57,7 @@ def test_attention_over_pages_equals_exact_arithmetic(
     seed: int,
     scattered: bool,
     storage_dtype: str,
+    from_memory: bool,
 ) -> None:
     torch.manual_seed(seed)
     kv_heads, group = heads
@@ -86,7 +90,8 @@ def test_attention_over_pages_equals_exact_arithmetic(
     ]
     step.write(0, new[0], new[1])
     query = torch.randn(1, kv_heads * group, column, dim)
-    found = PagedAttention(storage).attend(step, 0, query, new[0], new[1], None, window)
+    with mock.patch.object(attention, "LEFT_BYTES", 0 if from_memory else 2**40):
+        found = PagedAttention(storage).attend(step, 0, query, new[0], new[1], None, window)
     for span, key, value in zip(spans, keys, values, strict=True):
         own = slice(span.column, span.column + span.count)
         wide = (t.repeat_interleave(group, 0) for t in (key, value))

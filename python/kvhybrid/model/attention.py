@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 # Up to this many new tokens a row, reading pages in place beats gathering them.
 FEW_TOKENS = 4
+# From this size on keys come from memory and not from a cache, and float32 keys are then read a third
+# faster as the left operand of the product.
+LEFT_BYTES = 2**22
 
 
 class _Buffers(threading.local):
@@ -182,7 +185,11 @@ def _scores(folded: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         return torch.bmm(folded, keys.transpose(1, 2))
     pages, _, size, _ = keys.shape
     wide = folded.expand(pages, heads, rows, dim).reshape(pages * heads, rows, dim)
-    scores = torch.bmm(wide, keys.reshape(pages * heads, size, dim).transpose(1, 2))
+    keys = keys.reshape(pages * heads, size, dim)
+    if keys.dtype == torch.float32 and keys.nbytes >= LEFT_BYTES:
+        scores = torch.bmm(keys, wide.transpose(1, 2)).view(pages, heads, size, rows)
+        return scores.permute(1, 3, 0, 2).reshape(heads, rows, pages * size)
+    scores = torch.bmm(wide, keys.transpose(1, 2))
     return scores.view(pages, heads, rows, size).permute(1, 2, 0, 3).reshape(heads, rows, pages * size)
 
 
