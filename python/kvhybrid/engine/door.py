@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import torch
 
 from kvhybrid._core import TokenBuffer
 from kvhybrid.errors import CapacityError, InvalidRequestError
+from kvhybrid.model.padding import check_ids, vocab_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,9 +46,7 @@ class Door:
     ) -> None:
         self.tokenizer = tokenizer
         self.capacity = capacity
-        weight = model.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        self.vocab_size = weight.shape[0]
+        self.vocab_size = vocab_size(model)
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 0)
         self.end_ids = _end_ids(model, tokenizer)
@@ -136,10 +134,7 @@ class Door:
             raise InvalidRequestError(
                 f"token_ids must be whole numbers in one dimension, got {ids.dtype} {list(ids.shape)}"
             )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {self.vocab_size})")
+        check_ids(ids, self.vocab_size)
         return ids.astype(np.uint32)
 
 

@@ -31,8 +31,17 @@ NEUTRAL: Final = frozenset(
         "shift_labels",
     }
 )
-# Arguments of ``generate`` that a forward pass knows, too, and that change what is computed.
-SHAPING: Final = ("inputs_embeds", "position_ids", "token_type_ids", "pixel_values", "encoder_outputs")
+# How arguments of ``generate`` begin that change what a forward pass computes.
+SHAPING: Final = (
+    "inputs_embeds",
+    "position_ids",
+    "token_type_ids",
+    "encoder_outputs",
+    "input_features",
+    "pixel_",
+    "image_",
+    "video_",
+)
 
 
 def drops_out(model: PreTrainedModel) -> bool:
@@ -65,10 +74,8 @@ def obstacle_to_reuse(
     """Return what of a call to ``generate`` keeps its prompt from being cached, or None."""
     if ids is None:
         return "a prompt without token ids: embeddings hide the tokens"
-    for name in (*SHAPING, *(set(kwargs) - NEUTRAL)):
-        if kwargs.get(name) is not None and (
-            name in SHAPING or name.startswith(("pixel_", "image_", "video_", "input_features"))
-        ):
+    for name, value in kwargs.items():
+        if value is not None and name.startswith(SHAPING):
             return name
     for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
         if kwargs.get(name, getattr(config, name, None)):

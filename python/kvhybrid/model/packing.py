@@ -18,7 +18,8 @@ from kvhybrid.cache.step import Step
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import LayoutError, UnsupportedError
 from kvhybrid.model.interface import own_implementation
-from kvhybrid.model.probe import TOLERANCE, refuse
+from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.probe import difference, refuse
 from kvhybrid.model.runner import Packing, Runner
 
 if TYPE_CHECKING:
@@ -46,9 +47,7 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, s
 
 
 def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    vocab = weight.shape[0]
+    vocab = vocab_size(model)
     lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
     texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
     expected = torch.cat(_own_logits(model, texts))
@@ -114,11 +113,7 @@ def _try(
         return f"{type(error).__name__}: {error}"
     finally:
         runner.close()
-    allowed = TOLERANCE[layout.dtype] * float(expected.std())
-    off = float((found - expected).abs().max())
-    if not off <= allowed:
-        return f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
-    return None
+    return difference(found, expected, layout)
 
 
 def _packed_logits(runner: Runner, cache: KVCache, texts: list[np.ndarray]) -> list[torch.Tensor]:

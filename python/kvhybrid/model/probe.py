@@ -95,7 +95,11 @@ def _try(model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch
 
     needed = 2 * layout.block_size * -(-sum(STEPS) // layout.block_size)
     config = KVCacheConfig(
-        max_tokens=needed, max_memory_mb=None, block_size=layout.block_size, dtype=layout.dtype
+        max_tokens=needed,
+        max_memory_mb=None,
+        block_size=layout.block_size,
+        dtype=layout.dtype,
+        _env_file=None,
     )
     cache = KVCache(config, layout=layout, device=model.device)
     attachment = Attachment(model, cache, route, "probe").install()
@@ -105,11 +109,15 @@ def _try(model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch
         return f"{type(error).__name__}: {error}"
     finally:
         attachment.detach()
+    return difference(found, expected, layout)
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) -> str | None:
+    """Return by how much logits differ when that is more than another order of summing explains, or None."""
     allowed = TOLERANCE[layout.dtype] * float(expected.std())
     off = float((found - expected).abs().max())
-    if not off <= allowed:
-        return f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
-    return None
+    # Not "off > allowed": NaN must be a difference, too.
+    return None if off <= allowed else f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
 
 
 def _logits(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
