@@ -88,6 +88,11 @@ class Sequence:
     def fork(self) -> Sequence:
         """Return a second sequence over the same pages; the first to write into a shared, partly
         filled page gets its own copy (see ``Plan.copies``)."""
+    def share_up_to(self, length: int) -> None:
+        """Let others find the first ``length`` tokens at most; what was sealed before stays sealed.
+
+        Blocks that a raised bound admits are sealed by the next commit.
+        """
     def truncate(self, length: int) -> None:
         """Drop every token from position ``length`` on, pending ones included."""
     def close(self) -> None:

@@ -341,3 +341,19 @@ def test_the_statistics_say_what_share_of_the_prompts_was_cached(remember):
     remember(pool, PROMPT)
     now = pool.statistics()
     assert (now["opens"], now["queried_tokens"], now["cached_tokens"]) == (2, 16, 7)
+
+
+def test_nothing_behind_a_bound_on_sharing_is_found_until_it_is_raised(compute):
+    pool = PagePool(16, 4)
+    row = pool.open(ids(*range(10)))
+    row.share_up_to(6)
+    compute(pool, row)
+    assert pool.match(ids(*range(10))) == 4  # full blocks only, and none that reaches past the bound
+    row.append(ids(10, 11, 12))
+    row.share_up_to(100)
+    compute(pool, row)
+    assert pool.match(ids(*range(13))) == 12
+    row.share_up_to(12)
+    row.close()
+    assert pool.match(ids(*range(13))) == 12, "the tail is past the bound"
+    pool.check()

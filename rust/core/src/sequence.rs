@@ -24,8 +24,8 @@ pub(crate) struct Sequence {
     pub length: u32,
     /// The page that an open plan copies from, held until it is finished.
     pub replaced: Option<PageId>,
-    /// Seal full blocks, so that others find them.
-    pub share: bool,
+    /// Tokens from the beginning on that may be sealed, so that others find them.
+    pub shareable: u32,
     /// In an open plan.
     pub planned: bool,
     /// Closed while in an open plan: leaves when that is finished.

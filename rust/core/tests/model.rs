@@ -26,6 +26,7 @@ enum Step {
     PlanAndAbandon { rows: Vec<usize> },
     Fork { of: usize },
     Truncate { of: usize, length: usize },
+    Share { of: usize, length: usize },
     Close { of: usize },
     Evict { pages: usize },
     Drop { namespace: u64 },
@@ -49,6 +50,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => rows().prop_map(|rows| Step::PlanAndAbandon { rows }),
         2 => (0..8usize).prop_map(|of| Step::Fork { of }),
         2 => (0..8usize, 0..40usize).prop_map(|(of, length)| Step::Truncate { of, length }),
+        1 => (0..8usize, 0..40usize).prop_map(|(of, length)| Step::Share { of, length }),
         4 => (0..8usize).prop_map(|of| Step::Close { of }),
         1 => (0..6usize).prop_map(|pages| Step::Evict { pages }),
         1 => (0..2u64).prop_map(|namespace| Step::Drop { namespace }),
@@ -61,7 +63,9 @@ struct Text {
     namespace: u64,
     tokens: Vec<u32>,
     length: usize,
-    share: bool,
+    /// Tokens that others may find at most, and those that they may find by now.
+    shareable: usize,
+    sealed: usize,
     is_planned: bool,
     is_closed: bool,
 }
@@ -166,9 +170,18 @@ impl Model {
                 let text = &self.texts[of];
                 match self.pool.fork(text.id) {
                     Ok(id) => {
-                        let Text { namespace, length, share, .. } = *text;
+                        let Text { namespace, length, shareable, sealed, .. } = *text;
                         let tokens = text.tokens.clone();
-                        let fork = Text { id, namespace, tokens, length, share, is_planned: false, is_closed: false };
+                        let fork = Text {
+                            id,
+                            namespace,
+                            tokens,
+                            length,
+                            shareable,
+                            sealed,
+                            is_planned: false,
+                            is_closed: false,
+                        };
                         self.texts.push(fork);
                     }
                     Err(error) => assert!(text.is_planned && matches!(error, Error::Planned(_))),
@@ -181,9 +194,18 @@ impl Model {
                     Ok(()) => {
                         text.tokens.truncate(length);
                         text.length = text.length.min(length);
+                        text.sealed = text.sealed.min(length / self.block * self.block);
                     }
                     Err(Error::Planned(_)) => assert!(text.is_planned),
                     Err(error) => assert!(length > text.tokens.len(), "{error}"),
+                }
+            }
+            Step::Share { of, length } => {
+                let Some(of) = self.pick(of) else { return };
+                let text = &mut self.texts[of];
+                match self.pool.share_up_to(text.id, length) {
+                    Ok(()) => text.shareable = length,
+                    Err(error) => assert!(text.is_planned && matches!(error, Error::Planned(_))),
                 }
             }
             Step::Close { of } => {
@@ -202,17 +224,18 @@ impl Model {
 
     /// Close a text. Its last, partly filled block stays when no fork holds the page.
     fn close(&mut self, of: usize) {
-        let Text { id, namespace, length, share, is_planned, .. } = self.texts[of];
+        let Text { id, namespace, length, shareable, is_planned, .. } = self.texts[of];
         let tail = (namespace, self.texts[of].tokens[..length].to_vec());
-        if !self.keep_tails || !share {
+        if !self.keep_tails {
         } else if is_planned {
             let tokens = &self.texts[of].tokens;
             self.perhaps.extend((0..=tokens.len()).map(|end| (namespace, tokens[..end].to_vec())));
-        } else if length > 0 {
+        } else if length > 0 && length <= shareable {
             let page = self.pool.block_table(id).unwrap()[(length - 1) / self.block];
             let mut others = self.texts.iter().filter(|text| !text.is_closed && text.id != id);
             let mut copies = self.plans.iter().flat_map(|open| open.plan.copies());
             if others.any(|text| self.pool.block_table(text.id).unwrap().contains(&page))
+                || !self.is_alone(of)
                 || copies.any(|(source, _)| *source == page)
                 || self.texts.iter().any(|text| text.is_closed && text.is_planned)
             {
@@ -233,7 +256,8 @@ impl Model {
         let expected = if reuse { known.min(tokens.len().saturating_sub(1)) / align * align } else { 0 };
         assert_eq!(cached, expected);
         let length = cached;
-        self.texts.push(Text { id, namespace, tokens, length, share, is_planned: false, is_closed: false });
+        let (shareable, sealed) = (if share { usize::MAX } else { 0 }, 0);
+        self.texts.push(Text { id, namespace, tokens, length, shareable, sealed, is_planned: false, is_closed: false });
     }
 
     fn plan(&mut self, rows: &[usize], counts: Option<Vec<usize>>, tokens: Option<u32>) {
@@ -310,20 +334,36 @@ impl Model {
             self.fill(of);
         }
         let Open { plan, rows, appended, .. } = self.plans.swap_remove(of);
+        let alone: Vec<bool> = rows.iter().map(|(of, ..)| self.is_alone(*of)).collect();
         self.pool.commit(plan);
-        for (of, length, count) in rows {
+        for ((of, length, count), alone) in rows.into_iter().zip(alone) {
             if count == 0 && !appended {
                 continue;
             }
             let text = &mut self.texts[of];
             text.is_planned = false;
             text.length = length + count;
-            if text.share {
-                for end in (self.block..=text.length).step_by(self.block) {
-                    self.sealed.insert((text.namespace, text.tokens[..end].to_vec()));
+            for end in (self.block..=text.length.min(text.shareable)).step_by(self.block) {
+                let block = (text.namespace, text.tokens[..end].to_vec());
+                if alone {
+                    self.sealed.insert(block);
+                    text.sealed = text.sealed.max(end);
+                } else {
+                    self.perhaps.insert(block);
                 }
             }
         }
+    }
+
+    /// Whether no fork holds a page that this text alone would seal.
+    fn is_alone(&self, of: usize) -> bool {
+        let text = &self.texts[of];
+        let Ok(table) = self.pool.block_table(text.id) else { return false };
+        let private = &table[text.sealed / self.block..];
+        self.texts.iter().filter(|other| other.id != text.id).all(|other| match self.pool.block_table(other.id) {
+            Ok(theirs) => !private.iter().any(|page| theirs.contains(page)),
+            Err(_) => !other.is_planned,
+        })
     }
 
     fn abandon(&mut self, of: usize) {
@@ -395,8 +435,8 @@ impl Model {
             if now.evicted_pages == 0 && !condemned {
                 assert!(matched >= naive, "found {matched} of {naive} and nothing was evicted");
             }
-            if text.share && !text.is_closed {
-                assert!(matched >= text.length / self.block * self.block, "a pinned prefix was lost");
+            if !text.is_closed {
+                assert!(matched >= text.sealed, "a pinned prefix was lost");
             }
         }
     }

@@ -89,6 +89,10 @@ impl Sequence {
         Ok(Self { shared: self.shared.clone(), id, cached: self.cached })
     }
 
+    fn share_up_to(&self, length: usize) -> PyResult<()> {
+        self.shared.lock()?.share_up_to(self.id, length).map_err(raised)
+    }
+
     fn truncate(&self, length: usize) -> PyResult<()> {
         self.shared.lock()?.truncate(self.id, length).map_err(raised)
     }

@@ -20,7 +20,7 @@ impl Pool {
     /// The path is pinned once more; private pages get a second holder, and whoever writes into a
     /// partly filled one first copies it.
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
-        let Sequence { ref table, ref tail, anchor, sealed, length, share, .. } = *self.sequences.at_rest(id)?;
+        let Sequence { ref table, ref tail, anchor, sealed, length, shareable, .. } = *self.sequences.at_rest(id)?;
         let (table, tail) = (table.clone(), tail.clone());
         for page in &table[(sealed >> self.shift) as usize..] {
             if !self.pages.is_in_tree(*page) {
@@ -29,8 +29,16 @@ impl Pool {
         }
         self.tree.pin_path(anchor);
         let (id, fork) = self.sequences.insert();
-        *fork = Sequence { table, tail, anchor, sealed, length, share, ..Sequence::default() };
+        *fork = Sequence { table, tail, anchor, sealed, length, shareable, ..Sequence::default() };
         Ok(id)
+    }
+
+    /// Let others find the first `length` tokens at most; blocks sealed before stay sealed.
+    ///
+    /// What lies behind is sealed by the first commit after the bound was raised again.
+    pub fn share_up_to(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        self.sequences.at_rest(id)?.shareable = length.try_into().unwrap_or(u32::MAX);
+        Ok(())
     }
 
     /// Drop every token from position `length` on, pending ones included.

@@ -42,7 +42,7 @@ impl Pool {
         let anchor = self.tree.anchor(node, matched as u32);
         let (id, sequence) = self.sequences.insert();
         sequence.anchor = anchor;
-        sequence.share = share;
+        sequence.shareable = if share { u32::MAX } else { 0 };
         sequence.sealed = sealed as u32;
         sequence.length = matched as u32;
         sequence.tail.extend_from_slice(&tokens[sealed..]);

@@ -189,9 +189,7 @@ impl Pool {
                 // A borrowed page was copied, or a split moved the anchor deeper than what is used.
                 sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
             }
-            if sequence.share {
-                self.seal(row.sequence);
-            }
+            self.seal(row.sequence);
             self.close_if_closing(row.sequence);
         }
         self.retire(plan);
@@ -200,10 +198,16 @@ impl Pool {
     fn seal(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         let first = (sequence.sealed >> self.shift) as usize;
-        let end = (sequence.length >> self.shift) as usize;
-        if first == end {
+        let end = (sequence.length.min(sequence.shareable) >> self.shift) as usize;
+        if first >= end {
             return;
         }
+        // Past a bound on sharing, forks may hold full pages together: private until one is left.
+        let alone = sequence.table[first..end].iter().take_while(|page| self.pages.is_mutable(**page)).count();
+        if alone == 0 {
+            return;
+        }
+        let end = first + alone;
         let pages = &mut sequence.table[first..end];
         for page in &*pages {
             self.pages.seal(*page);
@@ -225,13 +229,19 @@ impl Pool {
     /// its page. What was computed of a short prompt, or since the last full block, is found again.
     pub(super) fn seal_tail(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.find_mut(id) else { return };
-        let (first, count) = ((sequence.sealed >> self.shift) as usize, (sequence.length - sequence.sealed) as usize);
-        let Some(page) = sequence.table.get(first).copied().filter(|page| self.pages.is_mutable(*page)) else { return };
-        if !sequence.share {
+        if sequence.length > sequence.shareable {
             return;
         }
         // A split may have moved the anchor deeper than what is used.
         sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
+        // Full blocks are left over where the bound on sharing was raised since the last commit.
+        self.seal(id);
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        let (first, count) = ((sequence.sealed >> self.shift) as usize, (sequence.length - sequence.sealed) as usize);
+        if count >> self.shift != 0 {
+            return;
+        }
+        let Some(page) = sequence.table.get(first).copied().filter(|page| self.pages.is_mutable(*page)) else { return };
         if self.tree.contains(sequence.anchor, sequence.sealed, &sequence.tail[..count]) {
             return;
         }
