@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvhybrid import ConfigError, KVLayout, LayoutError, UnsupportedError
+from kvhybrid.layout import LayerShape
 
 
 def small(**changes):
@@ -75,6 +76,47 @@ def test_fingerprints_are_equal_exactly_when_layouts_are(shapes):
         KVLayout(num_layers=a, num_kv_heads=b, head_dim=c, value_head_dim=d) for a, b, c, d in shapes
     )
     assert (first.fingerprint == second.fingerprint) == (first == second)
+
+
+def shape(heads=2, width=64, value_width=64):
+    return LayerShape(num_kv_heads=heads, head_dim=width, value_head_dim=value_width)
+
+
+def test_layers_that_are_alike_make_the_plain_layout():
+    assert KVLayout.of_layers([shape()] * 2) == small()
+    assert KVLayout.of_layers([shape()] * 2).fingerprint == small().fingerprint
+    assert small().layers == (shape(), shape())
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    layout = KVLayout.of_layers([shape(1, 8, 4), None, shape(2, 16, 16)], dtype="float16", block_size=16)
+    assert layout.bytes_per_token == ((8 + 4) + 2 * (16 + 16)) * 2
+    assert layout.kept_layers == (0, 2)
+    assert (layout.num_layers, layout.num_kv_heads, layout.head_dim) == (3, 0, 0)
+
+
+def test_layouts_of_differing_layers_are_told_apart():
+    shapes = [shape(1), shape(2)]
+    found = {KVLayout.of_layers(s).fingerprint for s in (shapes, shapes[::-1], [shape(1), None], [shape(1)])}
+    assert len(found) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"shapes": (shape(), shape())}, "differ"),
+        ({"shapes": (shape(), None, None)}, "num_layers=2"),
+        ({"shapes": (shape(), None)}, "must be 0"),
+    ],
+)
+def test_a_layout_is_written_one_way_only(change, match):
+    with pytest.raises(LayoutError, match=match):
+        small(**change)
+
+
+def test_layers_that_keep_nothing_make_no_layout():
+    with pytest.raises(LayoutError, match="none of the 2 layers"):
+        KVLayout.of_layers([None, None])
 
 
 def test_the_smaller_budget_wins():

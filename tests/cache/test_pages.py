@@ -10,6 +10,7 @@ from kvhybrid import KVLayout, LayoutError
 from kvhybrid._core import Batch, PagePool
 from kvhybrid.cache.pages import MAX_RUNS, RUN_BYTES, PageStorage, PageTable
 from kvhybrid.cache.step import Step
+from kvhybrid.layout import LayerShape
 
 LAYERS, HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4, 2
 
@@ -285,3 +286,56 @@ def test_few_bytes_in_several_runs_are_gathered_and_many_are_read_in_place():
     assert [(piece.page, piece.pages) for piece in runs] == [(3, 2), (9, 2), (20, 1)]
     (alone,) = PageTable(torch.arange(5)).pieces(0, 20, 4, 64)
     assert alone.scattered is None
+
+
+@pytest.fixture
+def differing():
+    """Three layers: one shape, no K and V, another shape; and a step of two rows over them."""
+    shapes = [
+        LayerShape(num_kv_heads=1, head_dim=4, value_head_dim=2),
+        None,
+        LayerShape(num_kv_heads=2, head_dim=8, value_head_dim=8),
+    ]
+    storage = PageStorage(KVLayout.of_layers(shapes, block_size=4), 8)
+    pool = PagePool(8, 4)
+    rows = [pool.open(np.arange(count, dtype=np.uint32) + 10 * count) for count in (5, 3)]
+    step = Step.plan(storage, Batch(pool, rows), places=[(0, 0), (1, 0)])
+    return storage, step, rows
+
+
+def test_layers_that_differ_are_kept_each_in_its_shape(differing):
+    storage, step, rows = differing
+    written = {0: (torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 2)), 2: torch.randn(2, 2, 2, 5, 8).unbind()}
+    for layer, (key, value) in written.items():
+        assert not step.is_complete
+        step.write(layer, key, value)
+    assert step.is_complete
+    step.commit()
+    storage.copy_pages([(0, 7)])
+    table = PageTable(torch.from_numpy(np.frombuffer(rows[0].block_table(), np.int32).copy()).long())
+    for layer, (key, value) in written.items():
+        out = torch.empty(key.shape[1:]), torch.empty(value.shape[1:])
+        storage.gather(layer, table, 0, 5, out)
+        assert same(out, (key[0], value[0]))
+    assert storage.nbytes == sum(pages.nbytes for pages in (*storage.keys, *storage.values))
+
+
+def test_a_layer_that_keeps_nothing_cannot_be_written(differing):
+    _, step, _ = differing
+    with pytest.raises(LayoutError, match="layer 1 keeps no K and V"):
+        step.write(1, torch.zeros(2, 1, 5, 4), torch.zeros(2, 1, 5, 4))
+
+
+def test_each_layers_pages_lie_on_its_device():
+    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4)
+    devices = [torch.device("cpu"), torch.device("meta")]
+    storage = PageStorage(layout, 8, devices=devices)
+    assert [pages.device for pages in storage.keys] == devices
+    pool = PagePool(8, 4)
+    rows = [pool.open(np.arange(3, dtype=np.uint32) + 10 * row) for row in range(2)]
+    batch = Batch(pool, rows)
+    for tokens in (None, np.array([1, 2], np.uint32)):  # runs, then a token a row
+        step = Step.plan(storage, batch, tokens=tokens)
+        for layer, device in enumerate(devices):
+            step.write(layer, *(torch.zeros(1, 1, step.num_tokens, 4, device=device) for _ in range(2)))
+        step.commit()

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 
 from kvhybrid._core import PagePool
+from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.pages import PageStorage
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
 from kvhybrid.layout import KVLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
@@ -34,8 +35,8 @@ class KVCache:
     """K and V of many texts in pages, shared by prefix, within a budget.
 
     ``layout`` says how wide a token is; ``config`` how many there is room for. ``device`` is where the
-    pages lie. Raises ``ConfigError`` when the budget holds no page, ``LayoutError`` when ``config`` and
-    ``layout`` contradict each other.
+    pages lie, ``devices`` where each layer's do when they differ. Raises ``ConfigError`` when the budget
+    holds no page, ``LayoutError`` when ``config`` and ``layout`` contradict each other.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class KVCache:
         *,
         layout: KVLayout,
         device: torch.device | str = "cpu",
+        devices: Sequence[torch.device] | None = None,
     ) -> None:
         self.config = config if config is not None else KVCacheConfig(block_size=layout.block_size)
         if self.config.block_size != layout.block_size:
@@ -57,7 +59,7 @@ class KVCache:
         self.pool = PagePool(num_pages, layout.block_size)
         pin_memory, non_blocking = self.config.host_copies(torch.device(device).type)
         self.storage = PageStorage(
-            layout, num_pages, device, pin_memory=pin_memory, non_blocking=non_blocking
+            layout, num_pages, device, devices=devices, pin_memory=pin_memory, non_blocking=non_blocking
         )
         self._lock = threading.RLock()
         self._namespaces: dict[tuple[str, ...], int] = {}
@@ -67,15 +69,17 @@ class KVCache:
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, config: KVCacheConfig | None = None) -> Self:
-        """Lay a cache out for ``model``, on its device, in its dtype unless ``config`` names another.
+        """Lay a cache out for ``model``: as it keeps K and V itself, on the devices where it does.
 
-        Raises ``LayoutError`` or ``UnsupportedError`` for a model whose layers keep no uniform K and V.
+        Runs the model on three tokens to see. Pages are in the model's dtype unless ``config`` names
+        another. Raises ``LayoutError`` for a model without a KV cache and ``UnsupportedError``, naming the
+        layer, where a layer keeps something else.
         """
         config = config if config is not None else KVCacheConfig()
-        weight = next(model.parameters())
-        dtype = config.dtype if config.dtype is not None else weight.dtype
-        layout = KVLayout.from_model_config(model.config, dtype=dtype, block_size=config.block_size)
-        return cls(config, layout=layout, device=weight.device)
+        measured = measure_layers(model)
+        dtype = config.dtype if config.dtype is not None else measured.dtype
+        layout = KVLayout.of_layers(measured.shapes, dtype=dtype, block_size=config.block_size)
+        return cls(config, layout=layout, device=measured.devices[0], devices=measured.devices)
 
     def namespace(self, *parts: str) -> int:
         """Return the number under which pages of ``parts`` (tenant, adapter ...) are kept apart.

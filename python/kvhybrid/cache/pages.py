@@ -14,7 +14,7 @@ import torch
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from kvhybrid.layout import KVLayout
 
@@ -24,6 +24,8 @@ class PageStorage:
 
     ``keys[layer]`` is ``[num_pages, num_kv_heads, block_size, head_dim]``, ``values[layer]`` the same
     with the value width, so that one page and head is one contiguous run and a run of pages is a view.
+    A layer that keeps no K and V has empty tensors. ``devices``: where each layer's pages lie, when not
+    all are on ``device``.
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
     """
 
@@ -33,6 +35,7 @@ class PageStorage:
         num_pages: int,
         device: torch.device | str = "cpu",
         *,
+        devices: Sequence[torch.device] | None = None,
         pin_memory: bool = False,
         non_blocking: bool = False,
     ) -> None:
@@ -43,23 +46,30 @@ class PageStorage:
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
-        self.page_bytes = layout.bytes_per_page // (2 * layout.num_layers)
-        shape = (num_pages, layout.num_kv_heads, layout.block_size)
-        self.keys = [self._empty(*shape, layout.head_dim) for _ in range(layout.num_layers)]
-        self.values = [self._empty(*shape, layout.value_head_dim) for _ in range(layout.num_layers)]
+        # Of one layer's keys; where layers differ, of one with the mean of their widths.
+        self.page_bytes = layout.bytes_per_page // (2 * len(layout.kept_layers))
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        places = devices if devices is not None else [self.device] * layout.num_layers
+        for shape, place in zip(layout.layers, places, strict=True):
+            heads, width, value_width = (
+                (shape.num_kv_heads, shape.head_dim, shape.value_head_dim) if shape is not None else (0, 0, 0)
+            )
+            self.keys.append(self._empty(num_pages, heads, self.block_size, width, device=place))
+            self.values.append(self._empty(num_pages, heads, self.block_size, value_width, device=place))
 
-    def _empty(self, *shape: int) -> torch.Tensor:
+    def _empty(self, *shape: int, device: torch.device) -> torch.Tensor:
         # Made under inference_mode it could not be written outside of it.
         with torch.inference_mode(False):
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
+            return torch.empty(shape, dtype=self.dtype, device=device)
 
-    def to_device(self, indices: torch.Tensor) -> torch.Tensor:
-        """Copy host indices to where the pages lie, pinned and asynchronously when so configured."""
-        if self.device.type == "cpu":
+    def to_device(self, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Copy host indices to a layer's pages, pinned and asynchronously when so configured."""
+        if device.type == "cpu":
             return indices
         if self._pin_memory:
             indices = indices.pin_memory()
-        return indices.to(self.device, non_blocking=self._non_blocking)
+        return indices.to(device, non_blocking=self._non_blocking)
 
     @property
     def nbytes(self) -> int:
@@ -73,11 +83,14 @@ class PageStorage:
             raise LayoutError(f"layer {layer} is outside the layout's {layout.num_layers} layers")
         if key.dim() != 4 or value.dim() != 4:
             raise LayoutError(f"K and V must have 4 dimensions, got {key.dim()} and {value.dim()}")
-        for name, tensor, width in (("K", key, layout.head_dim), ("V", value, layout.value_head_dim)):
-            if tensor.shape[1] != layout.num_kv_heads or tensor.shape[3] != width:
+        shape = layout.layers[layer]
+        if shape is None:
+            raise LayoutError(f"layer {layer} keeps no K and V, the layout says")
+        for name, tensor, width in (("K", key, shape.head_dim), ("V", value, shape.value_head_dim)):
+            if tensor.shape[1] != shape.num_kv_heads or tensor.shape[3] != width:
                 raise LayoutError(
                     f"layer {layer}: {name} has {tensor.shape[1]} heads of {tensor.shape[3]}, "
-                    f"the layout says {layout.num_kv_heads} of {width}"
+                    f"the layout says {shape.num_kv_heads} of {width}"
                 )
         if key.shape[2] != value.shape[2]:
             raise LayoutError(f"layer {layer}: K has {key.shape[2]} tokens, V has {value.shape[2]}")
@@ -104,7 +117,8 @@ class PageStorage:
         if whole := (count - done) // size:
             blocks = new[:, done : done + whole * size]
             blocks = blocks.unflatten(1, (whole, size)).transpose(0, 1)
-            pages.index_copy_(0, self.to_device(table[index : index + whole]), blocks.to(self.dtype))
+            ids = self.to_device(table[index : index + whole], pages.device)
+            pages.index_copy_(0, ids, blocks.to(self.dtype))
             done += whole * size
             index += whole
         if done < count:
@@ -120,8 +134,9 @@ class PageStorage:
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
         """Copy whole pages, ``(source, destination)``, in every layer."""
         for source, destination in pairs:
-            for pages in (*self.keys, *self.values):
-                pages[destination].copy_(pages[source])
+            for layer in self.layout.kept_layers:
+                for pages in (self.keys[layer], self.values[layer]):
+                    pages[destination].copy_(pages[source])
 
     def gather(
         self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]
@@ -144,7 +159,7 @@ class PageStorage:
         ``[num_kv_heads, tokens, width]`` of one page's part, ``[pages, num_kv_heads, block_size, width]``.
         """
         if piece.scattered is not None:
-            return torch.index_select(pages, 0, self.to_device(piece.scattered), out=out)
+            return torch.index_select(pages, 0, self.to_device(piece.scattered, pages.device), out=out)
         if piece.pages == 0:
             return pages[piece.page, :, piece.first : piece.last]
         return pages[piece.page : piece.page + piece.pages]

@@ -54,6 +54,7 @@ class Step:
         self._slots = slots
         self._written: set[int] = set()
         self._alone: list[Step] = []
+        self._indices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
         self._was_abandoned = False
 
     @classmethod
@@ -104,10 +105,10 @@ class Step:
 
     @property
     def is_complete(self) -> bool:
-        """True when every layer was written; a model that leaves layers out leaves pages half filled."""
+        """True when every layer that keeps K and V was written: one left out leaves pages half filled."""
         if self._alone:
             return all(step.is_complete for step in self._alone)
-        return len(self._written) == self.storage.layout.num_layers
+        return len(self._written) == len(self.storage.layout.kept_layers)
 
     @property
     def num_tokens(self) -> int:
@@ -121,14 +122,19 @@ class Step:
         return rows, max((span.column + span.count for span in self.spans), default=0)
 
     @cached_property
-    def _one_each(self) -> tuple[torch.Tensor, ...] | None:
-        """Index tensors for a step of one token a row, or None: written with one indexed copy a layer."""
-        if len(self.spans) < 2 or any(span.count != 1 for span in self.spans):
-            return None
-        size = self.storage.block_size
-        rows = torch.tensor([span.row for span in self.spans])
-        columns = torch.tensor([span.column for span in self.spans])
-        return tuple(map(self.storage.to_device, (rows, columns, self._slots // size, self._slots % size)))
+    def _is_one_each(self) -> bool:
+        """True for a step of one token a row: written with one indexed copy a layer."""
+        return len(self.spans) > 1 and all(span.count == 1 for span in self.spans)
+
+    def _one_each(self, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Index tensors of such a step, for pages on ``device``; made once a step."""
+        if device not in self._indices:
+            size = self.storage.block_size
+            rows = torch.tensor([span.row for span in self.spans])
+            columns = torch.tensor([span.column for span in self.spans])
+            indices = (rows, columns, self._slots // size, self._slots % size)
+            self._indices[device] = tuple(self.storage.to_device(index, device) for index in indices)
+        return self._indices[device]
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.
@@ -145,8 +151,8 @@ class Step:
             )
         key, value = key.detach(), value.detach()
         self._written.add(layer)
-        if self._one_each is not None:
-            rows, columns, pages, offsets = self._one_each
+        if self._is_one_each:
+            rows, columns, pages, offsets = self._one_each(self.storage.keys[layer].device)
             self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])
             return
         for span in self.spans:
@@ -164,7 +170,7 @@ class Step:
             self.abandon()
             raise UnsupportedError(
                 f"the forward pass wrote K and V of {len(self._written)} layers, "
-                f"the layout has {self.storage.layout.num_layers}"
+                f"the layout has {len(self.storage.layout.kept_layers)}"
             )
         self._plan.commit()
 

@@ -29,7 +29,7 @@ LEFT_BYTES = 2**22
 
 class _Buffers(threading.local):
     def __init__(self) -> None:
-        self.of: dict[str, torch.Tensor] = {}
+        self.of: dict[tuple[object, ...], torch.Tensor] = {}
 
 
 class PagedAttention:
@@ -95,7 +95,8 @@ class PagedAttention:
 
     def _in_place(self, span: Span, layer: int, q: torch.Tensor, scale: float, start: int) -> torch.Tensor:
         """Attend over ``[start, total)`` reading pages where they lie. ``q`` ``[heads, count, head_dim]``."""
-        storage, kv_heads = self.storage, self.storage.layout.num_kv_heads
+        storage = self.storage
+        kv_heads = storage.keys[layer].shape[1]
         heads, count, dim = q.shape
         folded = (q * scale).reshape(kv_heads, heads // kv_heads * count, dim)
         pieces = span.table.pieces(start, span.total, storage.block_size, storage.page_bytes)
@@ -156,25 +157,26 @@ class PagedAttention:
     def _gathered(
         self, span: Span, layer: int, start: int, stop: int, dtype: torch.dtype
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layout, pools = self.storage.layout, (self.storage.keys[layer], self.storage.values[layer])
-        pages = -(-(stop - start) // layout.block_size)
+        pools = (self.storage.keys[layer], self.storage.values[layer])
+        pages = -(-(stop - start) // self.storage.block_size)
         found = []
         for name, pool in zip("kv", pools, strict=True):
-            room = self._buffer(name, pool, pages).view(-1)
-            width = pool.shape[-1]
-            room = room[: layout.num_kv_heads * (stop - start) * width]
-            found.append(room.view(layout.num_kv_heads, stop - start, width))
+            heads, width = pool.shape[1], pool.shape[3]
+            room = self._buffer(name, pool, pages).view(-1)[: heads * (stop - start) * width]
+            found.append(room.view(heads, stop - start, width))
         self.storage.gather(layer, span.table, start, stop, (found[0], found[1]))
         return found[0].to(dtype), found[1].to(dtype)
 
     def _buffer(self, name: str, pool: torch.Tensor, pages: int) -> torch.Tensor:
         """Return a reused buffer of ``pages`` pages; it grows by doubling and never shrinks."""
-        known = self._buffers.of.get(name)
+        # Layers alike share a buffer: they attend one behind the other.
+        key = name, pool.device, *pool.shape[1:]
+        known = self._buffers.of.get(key)
         if known is None or known.shape[0] < pages:
             room = max(pages, 2 * known.shape[0] if known is not None else 0)
             with torch.inference_mode(False):  # or it could not be reused outside of it
                 known = torch.empty((room, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
-            self._buffers.of[name] = known
+            self._buffers.of[key] = known
         return known[:pages]
 
 

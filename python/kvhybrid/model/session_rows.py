@@ -341,10 +341,11 @@ class SessionRows:
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding."""
         self._reopen_or_raise()
-        layout, storage = self.cache.layout, self.cache.storage
-        shape = (self.num_rows, layout.num_kv_heads, self.columns)
-        keys = torch.zeros((*shape, layout.head_dim), dtype=storage.dtype, device=storage.device)
-        values = torch.zeros((*shape, layout.value_head_dim), dtype=storage.dtype, device=storage.device)
+        storage = self.cache.storage
+        keys, values = (
+            pages.new_zeros((self.num_rows, pages.shape[1], self.columns, pages.shape[3]))
+            for pages in (storage.keys[layer], storage.values[layer])
+        )
         for index, (row, pad) in enumerate(zip(self.sequences, self._pads, strict=True)):
             table = PageTable(torch.from_numpy(np.frombuffer(row.block_table(), np.int32).astype(np.int64)))
             out = keys[index, :, pad : pad + row.length], values[index, :, pad : pad + row.length]
