@@ -36,7 +36,6 @@ ABSENT: Final = frozenset(
         "gc_threshold",
         "enable_persistence",
         "persistence_path",
-        "reproducible",
         "host_memory_mb",
         "disk_gb",
         "shared_url",

@@ -20,6 +20,7 @@ __all__ = [
     "CapacityError",
     "ClosedError",
     "ConfigError",
+    "CorruptPageError",
     "InvalidRequestError",
     "KVHybridError",
     "LayoutError",
@@ -31,6 +32,12 @@ __all__ = [
 
 class ConfigError(KVHybridError, ValueError):
     """A configuration field has a value outside its range; the message names field, value and range."""
+
+    __module__ = "kvhybrid"
+
+
+class CorruptPageError(KVHybridError):
+    """Stored bytes are not what was written, or not signed as they should be; nothing of them was used."""
 
     __module__ = "kvhybrid"
 

@@ -6,7 +6,9 @@ Deterministic and without waiting. Knows tensors and token ids; how a model atte
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
@@ -63,7 +65,9 @@ class KVCache:
         )
         self._lock = threading.RLock()
         self._namespaces: dict[tuple[str, ...], int] = {}
+        self._numbers = itertools.count()
         self._sessions: dict[tuple[str, str], Any] = {}
+        self._unnamed: weakref.WeakSet[Session] = weakref.WeakSet()
         self._make_session: Callable[[str, str], Session] | None = None
         self._closed = False
 
@@ -87,7 +91,19 @@ class KVCache:
         Numbers are given out, not hashed: two namespaces never collide.
         """
         with self._lock:
-            return self._namespaces.setdefault(parts, len(self._namespaces))
+            if parts not in self._namespaces:
+                self._namespaces[parts] = next(self._numbers)
+            return self._namespaces[parts]
+
+    def drop_namespaces(self, is_gone: Callable[[tuple[str, ...]], bool]) -> int:
+        """Evict what nobody holds of the namespaces whose parts ``is_gone``; return how many pages left.
+
+        What is still held there is never found again: the same parts get another number.
+        """
+        with self._lock:
+            gone = [parts for parts in self._namespaces if is_gone(parts)]
+            numbers = [self._namespaces.pop(parts) for parts in gone]
+        return sum(self.pool.drop(number) for number in numbers)
 
     def tenant_namespace(self, tenant: str, *parts: str) -> int:
         """Return the namespace of a tenant: its own, or everybody's without ``tenant_isolation``.
@@ -122,6 +138,11 @@ class KVCache:
         session.close()
         return True
 
+    def watch(self, session: Session) -> None:
+        """Close an unnamed session (a fork), should it still live, together with the named ones."""
+        with self._lock:
+            self._unnamed.add(session)
+
     @property
     def is_attached(self) -> bool:
         """True while a model makes this cache's sessions."""
@@ -131,8 +152,9 @@ class KVCache:
         """Set who makes sessions (``kvhybrid.attach`` does); None takes the maker and its sessions away."""
         with self._lock:
             self._make_session = make
-            sessions, self._sessions = self._sessions, {}
-        for session in sessions.values():
+            sessions = [*self._sessions.values(), *self._unnamed]
+            self._sessions, self._unnamed = {}, weakref.WeakSet()
+        for session in sessions:
             session.close()
 
     def get_stats(self) -> dict[str, int | float]:

@@ -189,19 +189,20 @@ class PageTable:
 
     def __init__(self, ids: torch.Tensor) -> None:
         self.ids = ids
-        self._pieces: dict[tuple[int, int], list[Piece]] = {}
+        self._pieces: dict[tuple[int, int, int | None], list[Piece]] = {}
 
-    def pieces(self, start: int, stop: int, size: int, page_bytes: int) -> list[Piece]:
+    def pieces(self, start: int, stop: int, size: int, page_bytes: int | None) -> list[Piece]:
         """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer.
 
-        ``size``: tokens a page; ``page_bytes``: bytes of one layer's keys in it.
+        ``size``: tokens a page; ``page_bytes``: bytes of one layer's keys in it, None to gather whatever
+        the pages' order.
         """
-        known = self._pieces.get((start, stop))
+        known = self._pieces.get((start, stop, page_bytes))
         if known is None:
-            known = self._pieces[start, stop] = list(self._find(start, stop, size, page_bytes))
+            known = self._pieces[start, stop, page_bytes] = list(self._find(start, stop, size, page_bytes))
         return known
 
-    def _find(self, start: int, stop: int, size: int, page_bytes: int) -> Iterator[Piece]:
+    def _find(self, start: int, stop: int, size: int, page_bytes: int | None) -> Iterator[Piece]:
         if start >= stop:
             return
         low, high = -(-start // size), stop // size
@@ -213,7 +214,7 @@ class PageTable:
         if low < high:
             ids = self.ids[low:high]
             breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
-            if len(breaks) >= min(MAX_RUNS, 1 + len(ids) * page_bytes // RUN_BYTES):
+            if page_bytes is None or len(breaks) >= min(MAX_RUNS, 1 + len(ids) * page_bytes // RUN_BYTES):
                 yield Piece(0, high - low, scattered=ids)
             else:
                 for a, b in itertools.pairwise([0, *(at + 1 for at in breaks), high - low]):

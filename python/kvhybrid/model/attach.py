@@ -17,11 +17,13 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import model_number, reading_pages, switch_off, switch_on
-from kvhybrid.model.obstacles import mask_of, obstacle_to_reuse, obstacle_to_step
+from kvhybrid.model.obstacles import mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
 from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.passes import WHOLE, join, narrow, parts, widen
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.transformers_cache import PagedSession
+from kvhybrid.model.weights import ModelState, Tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
     from kvhybrid.model.routes import Reader
 
 _ATTACHED = "_kvhybrid_attachment"
+# Tokens a forward pass with ``reproducible``: long enough that a prefill costs little more, short enough
+# that most of a prompt lies before the last multiple.
+GRID = 512
 
 
 class Attachment:
@@ -43,10 +48,12 @@ class Attachment:
         self.route = route
         self.reason = reason
         self.vocab_size = vocab_size(model)
+        self.weights = ModelState(model)
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._attention = PagedAttention(cache.storage)
+        self._grid = GRID if cache.config.reproducible else 0
+        self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
         # Set on the object by others (accelerate does), and put back by ``detach``.
         self._own = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
 
@@ -80,6 +87,14 @@ class Attachment:
     def __exit__(self, *exc_info: object) -> None:
         self.detach()
 
+    def weights_changed(self) -> None:
+        """Say that the weights are others now, so that nothing computed with the old ones is found.
+
+        Optimizer steps, ``load_state_dict``, other adapters and new hooks are noticed without it; a
+        write through ``.data`` to a few values, or a hook that does something else now, is not.
+        """
+        self.weights.invalidate()
+
     def session(self, session_id: str, tenant: str = "default") -> PagedSession:
         """Make the session of that id; ``KVCache.session`` keeps it."""
         reader: Reader
@@ -87,12 +102,16 @@ class Attachment:
             reader = PagedReader(self._attention)
         else:
             reader = MaterialisedReader(self.cache.storage)
-        # Another model's K and V of the same tokens are other K and V.
-        namespace = self.cache.tenant_namespace(tenant, "model", str(model_number(self.model)))
         rows = SessionRows(
-            self.cache, reader, namespace=namespace, vocab_size=self.vocab_size, name=session_id
+            self.cache,
+            reader,
+            Tenancy(self.weights, self.cache, tenant, model_number(self.model)),
+            vocab_size=self.vocab_size,
+            name=session_id,
+            grid=self._grid,
+            mixes_rows=mixes_rows(self.model),
         )
-        return PagedSession(rows)
+        return PagedSession(rows, functools.partial(self.session, tenant=tenant), self.weights.fingerprint)
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with every cached prefix of the prompt reused.
@@ -108,12 +127,14 @@ class Attachment:
             return self._generate(inputs, *args, **kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = kwargs.get("generation_config", args[0] if args else None) or self.model.generation_config
-        obstacle = obstacle_to_reuse(self.model, ids, kwargs, config)
+        obstacle = obstacle_to_reuse(self.model, ids, kwargs, config) or self._obstacle_of_adapters()
         if obstacle is not None and is_ours:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         if obstacle is not None or ids is None:
             return self._generate(inputs, *args, **kwargs)
         session = past if isinstance(past, PagedSession) else self.session("")
+        if self._grid and kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
+            kwargs["prefill_chunk_size"] = None  # the grid cuts the prompt, the same for everybody
         with session.rows.in_use():
             try:
                 session.rows.prepare(ids, mask_of(ids, kwargs, config))
@@ -125,6 +146,11 @@ class Attachment:
                 return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
             finally:
                 session.rows.release()
+
+    def _obstacle_of_adapters(self) -> str | None:
+        if self.weights.mixes_adapters:
+            return "adapters chosen row by row"
+        return "an adapter with tokens of its own" if self.weights.has_prompt_tuning else None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward pass; one over a session of this cache is a step of that session."""
@@ -139,44 +165,75 @@ class Attachment:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         with rows.in_use():
             self._recompute(rows, session, kwargs)
-            skip = rows.refed(kwargs["input_ids"])
-            kwargs = {**kwargs, "input_ids": kwargs["input_ids"][:, skip:]}
-            rows.begin(kwargs["input_ids"], kwargs.get("attention_mask"))
-            try:
-                self._place(rows, kwargs, skip)
-                with reading_pages(rows.reader.reads_pages):
-                    output = self._forward(**kwargs)
-            except BaseException:
-                rows.finish(success=False)
-                raise
-            rows.finish(success=True)
-        return output
+            if skip := rows.refed(kwargs["input_ids"]):
+                kwargs["input_ids"] = kwargs["input_ids"][:, skip:]
+                if kwargs.get("position_ids") is not None:
+                    kwargs["position_ids"] = kwargs["position_ids"][..., skip:]
+            return self._run(rows, kwargs)
 
     def _recompute(self, rows: SessionRows, session: PagedSession, kwargs: dict[str, Any]) -> None:
-        """Compute again what was evicted while the session was released."""
-        evicted = rows.reopen()
-        if evicted is None:
+        """Compute again what was lost while the session was released."""
+        lost = rows.reopen()
+        if lost is None:
             return
-        again, seen = (t.to(kwargs["input_ids"].device) for t in evicted)
+        again, seen = (t.to(kwargs["input_ids"].device) for t in lost)
         try:
             self.forward(input_ids=again, attention_mask=seen, past_key_values=session, use_cache=True)
         except BaseException:
             rows.stay_released()
             raise
 
-    def _place(self, rows: SessionRows, kwargs: dict[str, Any], skip: int) -> None:
+    def _run(self, rows: SessionRows, kwargs: dict[str, Any]) -> Any:
+        """Run a call as the forward passes that it must be: equal rows once, and cut where the grid cuts."""
+        each = rows.repeats(kwargs["input_ids"])
+        call = narrow(kwargs, each) if each > 1 else kwargs
+        stops = rows.stops(call["input_ids"].shape[1])
+        if len(stops) == 1:
+            output = self._pass(rows, call)
+        else:
+            if whole := next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None):
+                raise UnsupportedError(
+                    f"a reproducible session takes {whole} only up to {self._grid} tokens a call"
+                )
+            before = rows.mark()
+            try:
+                output = join([self._pass(rows, part) for part in parts(call, rows.columns, stops)], call)
+            except BaseException:
+                rows.rewind(before)
+                raise
+        if each > 1:
+            rows.repeat(each)
+            output = widen(output, each)
+        return output
+
+    def _pass(self, rows: SessionRows, call: dict[str, Any]) -> Any:
+        """Run one forward pass as one step of the session."""
+        call = dict(call)
+        rows.begin(call["input_ids"], call.get("attention_mask"))
+        try:
+            self._place(rows, call)
+            with reading_pages(rows.reader.reads_pages):
+                output = self._forward(**call)
+        except BaseException:
+            rows.finish(success=False)
+            raise
+        rows.finish(success=True)
+        return output
+
+    def _place(self, rows: SessionRows, call: dict[str, Any]) -> None:
         """See to it that tokens stand where they are cached: at their place in the text, padding not counted.
 
         Raises ``UnsupportedError`` for other positions: others would find K that was turned another way.
         """
-        positions, is_token = rows.positions()
-        given = kwargs.get("position_ids")
+        assert rows.rows is not None
+        ids = call["input_ids"]
+        positions, is_token = rows.rows.positions(ids.shape[1])
+        given = call.get("position_ids")
         if given is None:
             # Without padding the model's own count is right; with it, it counts the padding.
-            if rows.has_padding and "position_ids" in self._parameters:
-                kwargs["position_ids"] = torch.from_numpy(positions).to(kwargs["input_ids"].device)
+            if any(rows.rows.pads) and "position_ids" in self._parameters:
+                call["position_ids"] = torch.from_numpy(positions).to(ids.device)
             return
-        given = kwargs["position_ids"] = given[..., skip:]
         fits = given.dim() == 2 and given.shape[1] == positions.shape[1]
         if not fits or ((given.cpu().numpy() != positions) & is_token).any():
             raise UnsupportedError(
@@ -203,13 +260,15 @@ def attach(
     """Give plain ``model.generate`` automatic prefix reuse through ``cache``.
 
     ``cache`` defaults to one laid out for the model by ``config``. A probe runs the model on a few tokens
-    and chooses the route. The attachment is also a context manager; ``detach`` undoes it.
+    and chooses the route. The attachment is also a context manager; ``detach`` undoes it. A peft model
+    is attached by the model inside it.
 
     Raises ``UnsupportedError`` for models that neither route serves (encoder-decoder, no attention, state
     that is not K and V), ``LayoutError`` when the cache is laid out for another shape.
     """
     from kvhybrid.model.probe import choose_route
 
+    model = _inside(model)
     if model.__dict__.get(_ATTACHED) is not None:
         raise ConfigError("the model is attached already: call kvhybrid.detach(model) first")
     if cache is not None and config is not None:
@@ -224,6 +283,12 @@ def attach(
 
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``; a no-op for a model that is not attached."""
-    attachment = model.__dict__.get(_ATTACHED)
+    attachment = _inside(model).__dict__.get(_ATTACHED)
     if attachment is not None:
         attachment.detach()
+
+
+def _inside(model: Any) -> PreTrainedModel:
+    """Return the transformers model that a peft model wraps, or the model itself."""
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner

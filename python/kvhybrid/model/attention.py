@@ -35,8 +35,10 @@ class _Buffers(threading.local):
 class PagedAttention:
     """Attends over the pages of one storage. Holds gather buffers, a pair for each thread that attends."""
 
-    def __init__(self, storage: PageStorage) -> None:
+    def __init__(self, storage: PageStorage, *, always_gather: bool = False) -> None:
+        """``always_gather``: read scattered and neighbouring pages alike, so that sums never depend on it."""
         self.storage = storage
+        self._always_gather = always_gather
         self._buffers = _Buffers()
 
     def attend(
@@ -99,7 +101,8 @@ class PagedAttention:
         kv_heads = storage.keys[layer].shape[1]
         heads, count, dim = q.shape
         folded = (q * scale).reshape(kv_heads, heads // kv_heads * count, dim)
-        pieces = span.table.pieces(start, span.total, storage.block_size, storage.page_bytes)
+        page_bytes = None if self._always_gather else storage.page_bytes
+        pieces = span.table.pieces(start, span.total, storage.block_size, page_bytes)
         keys = [self._view("k", storage.keys[layer], piece, q.dtype) for piece in pieces]
         scores = [_scores(folded, piece) for piece in keys]
         joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)

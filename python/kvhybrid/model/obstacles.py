@@ -56,6 +56,13 @@ def drops_out(model: PreTrainedModel) -> bool:
     )
 
 
+def mixes_rows(model: PreTrainedModel) -> bool:
+    """Return whether one row's K and V may depend, in their last bits, on the other rows: with experts."""
+    config = model.config.get_text_config()
+    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    return any(getattr(config, name, None) for name in names)
+
+
 def obstacle_to_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
     """Return what of a forward pass's arguments a session cannot take, or None."""
     if kwargs.get("input_ids") is None:

@@ -115,7 +115,8 @@ class MaterialisedReader:
         if known is not None and known[0].shape[2] >= total:
             return known
         held = self._filled.get(layer, 0)
-        room = max(total + self._storage.block_size, 2 * known[0].shape[2] if known is not None else 0)
+        # A power of two, so that strides (and with them sums, on some CPUs) depend on the length alone.
+        room = max(self._storage.block_size, 1 << (total - 1).bit_length())
         grown = []
         for index, new in enumerate((key, value)):
             batch, heads, _, width = new.shape

@@ -1,62 +1,89 @@
-"""``SessionRows``: the sequences behind one session, and the text that each of them stands for.
+"""``SessionRows``: one session's text from prompt to prompt, and the forward pass under way.
 
-Rows of a left-padded batch are sequences of their own; padding is never stored. ``columns`` is the
-length that ``transformers`` sees, padding included:
-
-    row 0   . . . A B C D     pad 3, tokens ABCD
-    row 1   E F G H I J K     pad 0
-            <-cut-> <-new->   columns before ``cut`` are cached in every row, the rest is computed
-
-Knows tokens, rows and steps; no model, and nothing of ``transformers``.
+Between calls a session remembers tokens and holds no page (*released*); a call takes the pages back, or
+has what was evicted meanwhile computed again. Knows rows, steps and who may use them at once; no model,
+and nothing of ``transformers``.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 
-from kvhybrid._core import Batch
-from kvhybrid.cache.pages import PageTable
-from kvhybrid.cache.step import Step
 from kvhybrid.errors import ClosedError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.padding import read_ids, read_padding
+from kvhybrid.model.rows import Fed, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
-    import numpy.typing as npt
-
-    from kvhybrid._core import Sequence
     from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.cache.step import Step
     from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
+    from kvhybrid.model.rows import Text
 
-    Text: TypeAlias = npt.NDArray[np.uint32]
+
+class Weights(Protocol):
+    """What K and V depend on beside the tokens, and so whose pages a session may find."""
+
+    def namespace(self, *parts: str) -> int:
+        """Return the namespace as of now."""
+
+    def is_stale(self) -> bool:
+        """Return whether the model has changed since ``namespace`` was last asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """What a session without pages remembers: the computed tokens of its rows."""
+
+    texts: list[Text]
+    pads: list[int]
+    columns: int
+
+
+NOTHING = Released([], [], 0)
 
 
 class SessionRows:
-    """One conversation, or a batch of them: what is cached of it, and the step under way."""
+    """One conversation, or a batch of them: what is held of it, and the step under way.
 
-    def __init__(self, cache: KVCache, reader: Reader, *, namespace: int, vocab_size: int, name: str) -> None:
+    ``grid``: forward passes end at multiples of it, and nothing computed otherwise is ever shared
+    (``reproducible``); 0 for none. ``mixes_rows``: K and V of one row depend on the others' (experts).
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        reader: Reader,
+        weights: Weights,
+        *,
+        vocab_size: int,
+        name: str,
+        grid: int = 0,
+        mixes_rows: bool = False,
+    ) -> None:
         self.cache = cache
         self.reader = reader
         self.name = name
-        self.columns = 0
-        self.sequences: list[Sequence] = []
         self.step: Step | None = None
-        self._namespace = namespace
-        self._vocab_size = vocab_size
-        self._pads: list[int] = []
+        self.rows: Rows | None = None
         self.cached: list[int] = []
-        self._texts: list[Text] = []  # what the rows hold while no pages are: see ``release``
-        self._batch: Batch | None = None
-        self._reopening: tuple[list[Text], int] = [], 0
+        self.grid = grid
+        self._weights = weights
+        self.vocab_size = vocab_size
+        self._mixes_rows = mixes_rows
+        self._released = NOTHING
+        self._reopening = NOTHING
+        self._fed: Fed | None = None
         self._width = 0  # columns of the step under way
-        self._appended = False  # whether that step brought its own tokens
+        self._exact = 0  # columns computed on the grid, from the first one on
         self._closed = False
         self._lock = threading.RLock()
         self._depth = 0  # how often its owner has entered ``in_use``
@@ -82,16 +109,27 @@ class SessionRows:
     @property
     def num_rows(self) -> int:
         """Rows of the batch, 0 before the first prompt."""
-        return len(self.sequences) or len(self._texts)
+        return len(self.rows if self.rows is not None else self._released.texts)
+
+    @property
+    def columns(self) -> int:
+        """The length that ``transformers`` sees, padding included."""
+        return self.rows.columns if self.rows is not None else self._released.columns
+
+    def text(self) -> Released:
+        """Return what is computed of every row, pages or not."""
+        if self.rows is None:
+            return self._released
+        return Released([text.copy() for text in self.rows.held()], list(self.rows.pads), self.rows.columns)
 
     def prepare(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Take a whole prompt, before it is sliced: line the rows up with what is cached of it.
 
         ``input_ids`` ``[batch, tokens]``; with a ``mask`` that is longer, they continue the session's text.
-        Afterwards ``get_seq_length`` says how many columns need not be computed.
+        Afterwards ``columns`` says how many columns need not be computed.
         """
         self._check_open()
-        ids = read_ids(input_ids, self._vocab_size)
+        ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() == 2 and mask.shape[1] > width:
             # The text so far is left as it is, and ``begin`` appends the new tokens to it.
@@ -102,7 +140,27 @@ class SessionRows:
                 )
             return
         pads = read_padding(mask, batch, width)
-        self._line_up(pads, [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)])
+        self._open([ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)], pads)
+
+    def _open(self, texts: list[Text], pads: list[int], *, reuse: bool = True) -> Rows:
+        """Open rows in place of those held; new ones first, so that shared pages do not leave in between."""
+        share = True
+        parts: tuple[str, ...] = ()
+        if self.grid and len(texts) > 1:
+            # A batch of another shape adds up in another order.
+            parts = ("batch", repr(pads))
+            share = not self._mixes_rows
+        namespace = self._weights.namespace(*parts)
+        rows = Rows.open(
+            self.cache, texts, pads, namespace, reuse=reuse and share, share=share, grid=self.grid or 1
+        )
+        old, self.rows, self._released = self.rows, rows, NOTHING
+        if old is not None:
+            old.close()
+        self._exact = rows.columns
+        self.cached = [row.length for row in rows.sequences]
+        self.reader.forget(0)
+        return rows
 
     def refed(self, input_ids: torch.Tensor) -> int:
         """Return how many leading columns of a forward pass are cached and were fed all the same.
@@ -110,80 +168,62 @@ class SessionRows:
         Assisted decoding feeds the whole prompt again, and candidates behind it; it reads the last
         logits alone.
         """
-        prepared = max((row.pending for row in self.sequences), default=0)
-        if not 0 < prepared < input_ids.shape[1]:
+        rows = self.rows
+        if rows is None or not 0 < rows.pending < input_ids.shape[1]:
             return 0
-        ids = read_ids(input_ids, self._vocab_size)
-        for row, (pad, held) in enumerate(zip(self._pads, self._held(), strict=True)):
-            if not np.array_equal(ids[row, pad : self.columns], held):
+        ids = read_ids(input_ids, self.vocab_size)
+        for row, (pad, held) in enumerate(zip(rows.pads, rows.held(), strict=True)):
+            if not np.array_equal(ids[row, pad : rows.columns], held):
                 raise InvalidRequestError(
                     f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared"
                 )
-        return self.columns
+        return rows.columns
 
-    def _held(self) -> list[Text]:
-        """Return the computed tokens of every row."""
-        if not self.sequences:
-            return self._texts
-        return [np.frombuffer(row.tokens(), np.uint32)[: row.length] for row in self.sequences]
+    def repeats(self, input_ids: torch.Tensor) -> int:
+        """Return how often each prepared row comes, side by side: beams and several answers a prompt."""
+        count = self.num_rows
+        if self.rows is None or self.rows.pending == 0 or len(input_ids) % count:
+            return 1
+        each = len(input_ids) // count
+        is_same = each > 1 and bool((input_ids.view(count, each, -1) == input_ids[::each, None]).all())
+        return each if is_same else 1
 
-    def _line_up(self, pads: list[int], texts: list[Text]) -> None:
-        """Reopen every row on the longest cached prefix, and cut all rows at the same column.
-
-        Opening the new rows before closing the old ones keeps shared pages from leaving in between.
-        """
-        old = self.sequences
-        self.sequences = [self.cache.pool.open(text, self._namespace) for text in texts]
-        _close_rows(old)
-        cut = min(pad + row.length for pad, row in zip(pads, self.sequences, strict=True))
-        for pad, row, text in zip(pads, self.sequences, texts, strict=True):
-            keep = max(cut - pad, 0)
-            if row.length > keep:
-                row.truncate(keep)
-                row.append(text[keep:])
-        self._pads, self.columns, self._batch, self._texts = pads, cut, None, []
-        self.cached = [row.length for row in self.sequences]
-        self.reader.forget(0)
+    def stops(self, width: int) -> list[int]:
+        """Return the columns at which forward passes over the next ``width`` columns must end."""
+        start, stop = self.columns, self.columns + width
+        if not self.grid:
+            return [stop]
+        return [*range(start - start % self.grid + self.grid, stop, self.grid), stop]
 
     def reopen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Take the pages back after ``release``.
+        """Take the pages back after ``release``, and let go of those of weights that have changed.
 
-        Returns ``(input_ids, attention_mask)`` of columns that were evicted meanwhile and must be
-        computed again first, or None.
+        Returns ``(input_ids, attention_mask)`` of columns that are lost and must be computed again
+        first, or None.
         """
-        if self.sequences or not self._texts:
+        if self.rows is not None and self._weights.is_stale():
+            self.release()
+        released = self._released
+        if self.rows is not None or not released.texts:
             return None
-        pads, texts, columns = self._pads, self._texts, self.columns
         # One more token than is held: ``open`` leaves the last one to compute.
-        self._line_up(pads, [np.append(text, np.uint32(0)) for text in texts])
-        for row, text in zip(self.sequences, texts, strict=True):
+        rows = self._open([np.append(text, np.uint32(0)) for text in released.texts], released.pads)
+        for row, text in zip(rows.sequences, released.texts, strict=True):
             row.truncate(len(text))
-        if self.columns >= columns:
+        if rows.columns >= released.columns:
+            rows.columns = released.columns
             return None
-        self._reopening = texts, columns
-        ids = np.zeros((len(texts), columns), np.int64)
+        self._reopening = released
+        ids = np.zeros((len(rows), released.columns), np.int64)
         mask = np.zeros_like(ids)
-        for index, (pad, text) in enumerate(zip(pads, texts, strict=True)):
+        for index, (pad, text) in enumerate(zip(released.pads, released.texts, strict=True)):
             ids[index, pad:], mask[index, pad:] = text, 1
-        return torch.from_numpy(ids[:, self.columns :]), torch.from_numpy(mask)
-
-    @property
-    def has_padding(self) -> bool:
-        """True when any row begins with padding."""
-        return any(self._pads)
+        return torch.from_numpy(ids[:, rows.columns :]), torch.from_numpy(mask)
 
     def stay_released(self) -> None:
-        """Undo a ``reopen`` whose evicted columns could not be computed again."""
-        _close_rows(self.sequences)
-        self.sequences, self._batch = [], None
-        self._texts, self.columns = self._reopening
-        self.reader.forget(0)
-
-    def positions(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        """Return the step's positions ``[batch, columns]``, and where there are tokens and no padding."""
-        columns = np.arange(self.columns, self.columns + self._width)
-        positions = columns - np.array(self._pads)[:, None]
-        return positions.clip(min=0), positions >= 0
+        """Undo a ``reopen`` whose lost columns could not be computed again."""
+        self._drop_rows()
+        self._released = self._reopening
 
     def begin(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Plan the forward pass over ``input_ids`` ``[batch, tokens]``, which follow what is cached.
@@ -194,101 +234,95 @@ class SessionRows:
         self._check_open()
         if self.step is not None:
             raise InvalidRequestError("a forward pass of this session is still under way")
-        ids = read_ids(input_ids, self._vocab_size)
+        ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() != 2:
             raise UnsupportedError(
                 f"attention_mask has {mask.dim()} dimensions; a session takes [batch, tokens] only"
             )
-        is_new = not self.sequences
-        if is_new:
-            self._pads = read_padding(mask, batch, width)
-            self.sequences = [
-                self.cache.pool.open(ids[row, pad:].astype(np.uint32), self._namespace, reuse=False)
-                for row, pad in enumerate(self._pads)
-            ]
-            self.columns = 0
-        elif len(self.sequences) != batch:
-            # Beams and several answers a prompt repeat each row in place.
-            if batch % len(self.sequences):
+        rows, is_new = self.rows, self.rows is None
+        if rows is None:
+            pads = read_padding(mask, batch, width)
+            texts = [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)]
+            rows = self._open(texts, pads, reuse=False)
+        elif len(rows) != batch:
+            if batch % len(rows):
                 raise InvalidRequestError(
                     f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
                 )
-            self.repeat(batch // len(self.sequences))
-        if mask is not None and read_padding(mask, batch, self.columns + width) != self._pads:
+            self.repeat(batch // len(rows))
+        if mask is not None and read_padding(mask, batch, rows.columns + width) != rows.pads:
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
-        counts = np.zeros(batch, np.int32)
-        places: list[tuple[int, int]] = []
-        appended = self._feed(ids, counts, places)
+        fed = self._feed(rows, ids)
         try:
-            if self._batch is None:
-                self._batch = Batch(self.cache.pool, self.sequences)
-            self.step = Step.plan(self.cache.storage, self._batch, counts, places=places)
+            self.step = rows.plan(fed)
         except BaseException:
             if is_new:
-                _close_rows(self.sequences)
-                self.sequences = []
-            self._take_back(appended)
+                self._drop_rows()
+            elif fed.is_new:
+                rows.take_back()
             raise
-        self._appended, self._width = appended, width
-        self.reader.start(self.columns)
+        self._fed, self._width = fed, width
+        self.reader.start(rows.columns)
 
-    def _feed(self, ids: Ids, counts: npt.NDArray[np.int32], places: list[tuple[int, int]]) -> bool:
-        """Match the fed columns to the rows' pending tokens, or append them. True if any was appended."""
-        appended = False
-        for index, (row, pad) in enumerate(zip(self.sequences, self._pads, strict=True)):
-            column = max(pad - self.columns, 0)
-            new = ids[index, column:].astype(np.uint32)
-            counts[index] = len(new)
-            places.append((index, min(column, ids.shape[1])))
-            if row.pending == 0:
-                row.append(new)
-                appended = True
-                continue
-            awaited = np.frombuffer(row.tokens(), np.uint32)[row.length :]
-            shared = min(len(awaited), len(new))
-            if not np.array_equal(awaited[:shared], new[:shared]):
-                self._take_back(appended)
-                raise InvalidRequestError(
-                    f"row {index}: the {len(new)} tokens fed are not the next of the {len(awaited)} prepared"
-                )
-            if shared < len(new):
-                row.append(new[shared:])
-                appended = True
-        return appended
-
-    def _take_back(self, appended: bool) -> None:
-        if appended:
-            for row in self.sequences:
-                row.truncate(row.length)
+    def _feed(self, rows: Rows, ids: Ids) -> Fed:
+        if self.grid:
+            width = ids.shape[1]
+            if rows.columns == self._exact and width == self.grid:
+                rows.share_up_to(self._exact + width)
+            else:
+                rows.share_up_to(self._exact)
+        return rows.feed(ids)
 
     def finish(self, *, success: bool) -> None:
         """End the forward pass: its K and V count, or they never happened."""
         step, self.step = self.step, None
-        if step is None:
+        fed, self._fed = self._fed, None
+        if step is None or fed is None or self.rows is None:
             return
         try:
             if success:
                 step.commit()
-                self.columns += self._width
+                if self.rows.columns == self._exact and self._width == self.grid:
+                    self._exact += self.grid
+                self.rows.columns += self._width
                 return
             step.abandon()
         except UnsupportedError:  # from commit, which has abandoned the step
-            self._forget_step()
+            self._forget_step(self.rows, fed)
             raise
-        self._forget_step()
+        self._forget_step(self.rows, fed)
 
-    def _forget_step(self) -> None:
-        self._take_back(self._appended)
-        self.reader.forget(self.columns)
+    def _forget_step(self, rows: Rows, fed: Fed) -> None:
+        if fed.is_new:
+            rows.take_back()
+        self.reader.forget(rows.columns)
+
+    def rewind(self, before: tuple[int, list[Text]] | None) -> None:
+        """Go back to what ``mark`` returned; None: to a session without text."""
+        if before is None:
+            self._drop_rows()
+        elif self.rows is not None:
+            self.rows.rewind(*before)
+            self._exact = min(self._exact, before[0])
+            self.reader.forget(before[0])
+
+    def mark(self) -> tuple[int, list[Text]] | None:
+        """Return where the session stands, for ``rewind``."""
+        return None if self.rows is None else (self.rows.columns, self.rows.known())
 
     def release(self) -> None:
         """Unpin the pages and remember the tokens: a session that nobody runs holds no page."""
         self.finish(success=False)
-        if self.sequences:
-            self._texts = [text.copy() for text in self._held()]
-        _close_rows(self.sequences)
-        self.sequences, self._batch = [], None
+        if self.rows is not None:
+            released = self.text()
+            self._drop_rows()
+            self._released = released
+
+    def _drop_rows(self) -> None:
+        rows, self.rows = self.rows, None
+        if rows is not None:
+            rows.close()
         self.reader.forget(0)
 
     def close(self) -> None:
@@ -301,65 +335,66 @@ class SessionRows:
                 self._lock.release()
 
     def _close(self) -> None:
-        self.release()
-        self._texts, self._closed = [], True
+        self.reset()
+        self._closed = True
 
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError(f"session {self.name!r} is closed")
 
+    def reset(self) -> None:
+        """Forget the text."""
+        self.finish(success=False)
+        self._drop_rows()
+        self._released = NOTHING
+
+    def restore(self, text: Released) -> None:
+        """Take a text in place of the session's own; its pages are looked for by whoever goes on."""
+        self.reset()
+        self._released = text
+
     def crop(self, columns: int) -> None:
         """Drop every column from ``columns`` on."""
-        self._reopen_or_raise()
-        for row, pad in zip(self.sequences, self._pads, strict=True):
-            row.truncate(max(columns - pad, 0))
-        self.columns = columns
+        self._exact = min(self._exact, columns)
+        if self.rows is None:
+            texts, pads, width = self._released.texts, self._released.pads, min(self.columns, columns)
+            cut = [text[: max(width - pad, 0)] for text, pad in zip(texts, pads, strict=True)]
+            self._released = Released(cut, pads, width)
+            return
+        self.rows.crop(columns)
         self.reader.forget(columns)
 
-    def select(self, rows: list[int]) -> None:
+    def select(self, chosen: list[int]) -> None:
         """Keep these rows, in this order; a row taken twice is forked, not copied."""
-        self._reopen_or_raise()
-        old = self.sequences
-        used: set[int] = set()
-        chosen: list[Sequence] = []
-        for row in rows:
-            chosen.append(old[row].fork() if row in used else old[row])
-            used.add(row)
-        _close_rows(sequence for row, sequence in enumerate(old) if row not in used)
-        self.sequences, self._pads, self._batch = chosen, [self._pads[row] for row in rows], None
-        self.reader.reorder(rows)
+        if self.rows is None:
+            texts, pads, columns = self._released.texts, self._released.pads, self._released.columns
+            self._released = Released([texts[row] for row in chosen], [pads[row] for row in chosen], columns)
+            return
+        self.rows.select(chosen)
+        self.reader.reorder(chosen)
 
     def repeat(self, repeats: int) -> None:
         """Fork every row ``repeats - 1`` times, forks beside their row."""
         self.select([row for row in range(self.num_rows) for _ in range(repeats)])
 
-    def reset(self) -> None:
-        """Forget the text."""
-        self.release()
-        self._texts, self._pads, self.columns = [], [], 0
+    def copy_to(self, other: SessionRows) -> None:
+        """Give ``other``, a fresh session of the same model and tenant, this one's text and pages."""
+        if self.step is not None:
+            raise InvalidRequestError("a forward pass of this session is still under way")
+        self._check_open()
+        other.rows = self.rows.fork() if self.rows is not None else None
+        other.cached, other._released, other._exact = list(self.cached), self._released, self._exact
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding."""
-        self._reopen_or_raise()
-        storage = self.cache.storage
-        keys, values = (
-            pages.new_zeros((self.num_rows, pages.shape[1], self.columns, pages.shape[3]))
-            for pages in (storage.keys[layer], storage.values[layer])
-        )
-        for index, (row, pad) in enumerate(zip(self.sequences, self._pads, strict=True)):
-            table = PageTable(torch.from_numpy(np.frombuffer(row.block_table(), np.int32).astype(np.int64)))
-            out = keys[index, :, pad : pad + row.length], values[index, :, pad : pad + row.length]
-            storage.gather(layer, table, 0, row.length, out)
-        return keys, values
+        """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.
 
-    def _reopen_or_raise(self) -> None:
-        """Take released pages back; raises ``InvalidRequestError`` when some were evicted meanwhile."""
+        Raises ``InvalidRequestError`` when pages were evicted while the session held none.
+        """
         if self.reopen() is not None:
+            self.stay_released()
             raise InvalidRequestError(
                 f"pages of session {self.name!r} were evicted: run it through generate or forward first"
             )
-
-
-def _close_rows(rows: Iterable[Sequence]) -> None:
-    for row in rows:
-        row.close()
+        if self.rows is None:
+            raise InvalidRequestError(f"session {self.name!r} holds nothing yet")
+        return self.rows.materialise(layer)

@@ -10,14 +10,17 @@ release, are not used.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers.cache_utils import Cache
 
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.session_export import export, import_into
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kvhybrid.model.session_rows import SessionRows
 
 
@@ -28,14 +31,71 @@ class PagedSession(Cache):
     with what is cached is reused, what differs is computed, and nothing else is ever attended to.
     """
 
-    def __init__(self, rows: SessionRows) -> None:
+    def __init__(
+        self, rows: SessionRows, fresh: Callable[[str], PagedSession], fingerprint: Callable[[], str]
+    ) -> None:
+        """``fresh`` makes an empty session like this one, ``fingerprint`` names the model's weights."""
         layers = [LayerView(self, index) for index in range(rows.cache.layout.num_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]  # views, not layer objects
         self.rows = rows
+        self._fresh = fresh
+        self._fingerprint = fingerprint
 
     def close(self) -> None:
         """Release the pages for good. Idempotent."""
         self.rows.close()
+
+    def fork(self, n: int = 1) -> list[PagedSession]:
+        """Return ``n`` sessions that go on from here, each its own way.
+
+        Nothing is copied but a partly filled last page, when it is first written to. A fork lives as
+        long as somebody holds it, or until ``close``.
+        """
+        if n < 1:
+            raise InvalidRequestError(f"fork({n}): at least one")
+        forks = []
+        with self.rows.in_use():
+            for index in range(n):
+                fork = self._fresh(f"{self.rows.name}/{index}")
+                self.rows.copy_to(fork.rows)
+                self.rows.cache.watch(fork)
+                forks.append(fork)
+        return forks
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Fork: the way in which transformers' own caches are copied."""
+        fork: Self = self.fork()[0]  # type: ignore[assignment]  # sessions make sessions of their kind
+        memo[id(self)] = fork
+        return fork
+
+    def truncate(self, tokens: int) -> None:
+        """Keep the first ``tokens`` tokens; of a padded batch that many columns, padding included.
+
+        Raises ``InvalidRequestError`` when the session holds fewer.
+        """
+        if not 0 <= tokens <= self.rows.columns:
+            raise InvalidRequestError(f"truncate({tokens}) of a session of {self.rows.columns} tokens")
+        with self.rows.in_use():
+            self.rows.crop(tokens)
+
+    def export(self, *, pages: bool = True, key: bytes = b"") -> bytes:
+        """Return the session as bytes: its tokens and, with ``pages``, their K and V as they are stored.
+
+        ``key`` (up to 64 bytes) signs them: ``import_`` takes nothing that was not signed with the same.
+        Raises ``InvalidRequestError`` when pages were evicted since the session last ran.
+        """
+        with self.rows.in_use():
+            return export(self.rows, self._fingerprint() if pages else None, key=key)
+
+    def import_(self, data: bytes, *, key: bytes = b"") -> None:
+        """Take an exported session's text in place of this one's; its K and V are not computed again.
+
+        What is imported is found by this tenant's other sessions too: import without a ``key`` only what
+        you exported yourself. Raises ``CorruptPageError`` for bytes that are not what was exported or
+        signed, ``LayoutError`` for those of another model; the session is then as it was.
+        """
+        with self.rows.in_use():
+            import_into(self.rows, data, self._fingerprint, key=key)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

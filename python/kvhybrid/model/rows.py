@@ -1,0 +1,196 @@
+"""``Rows``: the sequences behind a left-padded batch, lined up by column.
+
+Each row is a sequence of its own; padding is never stored. ``columns`` is the length that
+``transformers`` sees, padding included:
+
+    row 0   . . . A B C D     pad 3, tokens ABCD
+    row 1   E F G H I J K     pad 0
+            <-held-> <-new->   what lies before ``columns`` is held in every row, the rest is computed
+
+Knows tokens, pages and columns; no model, no step under way, no lock.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
+
+import numpy as np
+import torch
+
+from kvhybrid._core import Batch
+from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.step import Step
+from kvhybrid.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kvhybrid._core import Sequence
+    from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.model.padding import Ids
+
+    Text: TypeAlias = npt.NDArray[np.uint32]
+
+
+class Fed(NamedTuple):
+    """How a forward pass's columns fall on the rows."""
+
+    counts: npt.NDArray[np.int32]
+    """Tokens of each row."""
+    places: list[tuple[int, int]]
+    """Where each row's tokens begin in the input: ``(row, column)``."""
+    is_new: bool
+    """Whether the tokens were appended, and were not pending before."""
+
+
+class Rows:
+    """The sequences of one batch. Dropping the object closes them."""
+
+    def __init__(self, cache: KVCache, sequences: list[Sequence], pads: list[int], columns: int) -> None:
+        self.cache = cache
+        self.sequences = sequences
+        self.pads = pads
+        self.columns = columns
+        self._batch: Batch | None = None
+
+    @classmethod
+    def open(
+        cls,
+        cache: KVCache,
+        texts: list[Text],
+        pads: list[int],
+        namespace: int,
+        *,
+        reuse: bool = True,
+        share: bool = True,
+        grid: int = 1,
+    ) -> Self:
+        """Open every row on its longest cached prefix, and cut all rows at the same column.
+
+        ``grid``: the column is a multiple of it. What lies behind the cut is pending.
+        """
+        sequences = [cache.pool.open(text, namespace, reuse=reuse, share=share) for text in texts]
+        cut = min(pad + row.length for pad, row in zip(pads, sequences, strict=True)) if reuse else 0
+        cut -= cut % grid
+        for pad, row, text in zip(pads, sequences, texts, strict=True):
+            keep = max(cut - pad, 0)
+            if row.length > keep:
+                row.truncate(keep)
+                row.append(text[keep:])
+        return cls(cache, sequences, list(pads), cut)
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    @property
+    def pending(self) -> int:
+        """The most tokens that any row still awaits."""
+        return max((row.pending for row in self.sequences), default=0)
+
+    def known(self) -> list[Text]:
+        """Return every row's tokens, pending ones included."""
+        return [np.frombuffer(row.tokens(), np.uint32) for row in self.sequences]
+
+    def held(self) -> list[Text]:
+        """Return the tokens of every row that were computed."""
+        return [text[: row.length] for text, row in zip(self.known(), self.sequences, strict=True)]
+
+    def positions(self, width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """Return the next ``width`` columns' positions ``[rows, width]``, and where no padding is."""
+        columns = np.arange(self.columns, self.columns + width)
+        positions = columns - np.array(self.pads)[:, None]
+        return positions.clip(min=0), positions >= 0
+
+    def feed(self, ids: Ids) -> Fed:
+        """Match ``ids`` ``[rows, width]``, the next columns, to the pending tokens, or append them.
+
+        Raises ``InvalidRequestError`` when other tokens are pending; the rows are then as they were.
+        """
+        counts = np.zeros(len(self), np.int32)
+        places: list[tuple[int, int]] = []
+        is_new = False
+        for index, (row, pad) in enumerate(zip(self.sequences, self.pads, strict=True)):
+            column = max(pad - self.columns, 0)
+            new = ids[index, column:].astype(np.uint32)
+            counts[index] = len(new)
+            places.append((index, min(column, ids.shape[1])))
+            if row.pending == 0:
+                row.append(new)
+                is_new = True
+                continue
+            awaited = np.frombuffer(row.tokens(), np.uint32)[row.length :]
+            shared = min(len(awaited), len(new))
+            if not np.array_equal(awaited[:shared], new[:shared]):
+                if is_new:
+                    self.take_back()
+                raise InvalidRequestError(
+                    f"row {index}: the {len(new)} tokens fed are not the next of the {len(awaited)} prepared"
+                )
+            if shared < len(new):
+                row.append(new[shared:])
+                is_new = True
+        return Fed(counts, places, is_new)
+
+    def plan(self, fed: Fed) -> Step:
+        """Plan the forward pass over what was fed; raises ``CapacityError``, and nothing has changed."""
+        if self._batch is None:
+            self._batch = Batch(self.cache.pool, self.sequences)
+        return Step.plan(self.cache.storage, self._batch, fed.counts, places=fed.places)
+
+    def take_back(self) -> None:
+        """Drop every pending token."""
+        for row in self.sequences:
+            row.truncate(row.length)
+
+    def rewind(self, columns: int, known: list[Text]) -> None:
+        """Go back to ``columns`` held and the tokens ``known`` then."""
+        self.crop(columns)
+        for row, text in zip(self.sequences, known, strict=True):
+            row.append(text[row.length :])
+
+    def share_up_to(self, columns: int) -> None:
+        """Let others find nothing from column ``columns`` on."""
+        for row, pad in zip(self.sequences, self.pads, strict=True):
+            row.share_up_to(max(columns - pad, 0))
+
+    def crop(self, columns: int) -> None:
+        """Drop every column from ``columns`` on, and what is pending."""
+        for row, pad in zip(self.sequences, self.pads, strict=True):
+            row.truncate(max(min(columns, self.columns) - pad, 0))
+        self.columns = min(columns, self.columns)
+
+    def select(self, rows: list[int]) -> None:
+        """Keep these rows, in this order; a row taken twice is forked, not copied."""
+        old = self.sequences
+        used: set[int] = set()
+        chosen: list[Sequence] = []
+        for row in rows:
+            chosen.append(old[row].fork() if row in used else old[row])
+            used.add(row)
+        for row, sequence in enumerate(old):
+            if row not in used:
+                sequence.close()
+        self.sequences, self.pads, self._batch = chosen, [self.pads[row] for row in rows], None
+
+    def fork(self) -> Rows:
+        """Return rows of their own over the same pages."""
+        forks = [row.fork() for row in self.sequences]
+        return Rows(self.cache, forks, list(self.pads), self.columns)
+
+    def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies ``[rows, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding."""
+        storage = self.cache.storage
+        keys, values = (
+            pages.new_zeros((len(self), pages.shape[1], self.columns, pages.shape[3]))
+            for pages in (storage.keys[layer], storage.values[layer])
+        )
+        for index, (row, pad) in enumerate(zip(self.sequences, self.pads, strict=True)):
+            table = PageTable(torch.from_numpy(np.frombuffer(row.block_table(), np.int32).astype(np.int64)))
+            out = keys[index, :, pad : pad + row.length], values[index, :, pad : pad + row.length]
+            storage.gather(layer, table, 0, row.length, out)
+        return keys, values
+
+    def close(self) -> None:
+        """Give the pages back. Idempotent."""
+        for row in self.sequences:
+            row.close()

@@ -1,0 +1,179 @@
+"""What K and V depend on beside the tokens: a model's weights, its adapters, hooks and autocast.
+
+Pages computed under one state are never found under another. A change is noticed by identity, torch's
+version counters and a few sampled values of every weight; what none of them shows (a ``.data`` write to
+values that were not sampled) must be told: ``Attachment.weights_changed``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from transformers import PreTrainedModel
+
+    from kvhybrid.cache.kv_cache import KVCache
+
+# Values of each weight that are compared before every prompt.
+SAMPLES = 8
+
+
+class ModelState:
+    """Watches one model. ``epoch`` counts the changes of its weights; ``parts`` name all of its state."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self.epoch = 0
+        self._seen: list[object] = []
+        self._values = torch.empty(0)
+        self._versions: tuple[int, ...] = ()
+        self._watched: list[torch.Tensor] = []
+        self._tuners: list[Any] = []
+        self._hooks = ""
+        self._digest: tuple[int, str] | None = None
+        self.look()
+
+    def look(self) -> bool:
+        """Compare every weight with how it was, by identity, version and samples. True if one changed."""
+        watched = [tensor for _, tensor in _tensors(self._model) if not tensor.is_meta]
+        seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
+        versions = tuple(map(_version, watched))
+        values = _samples(watched)
+        changed = seen != self._seen or versions != self._versions or not torch.equal(values, self._values)
+        self._watched, self._seen, self._versions, self._values = watched, seen, versions, values
+        self._tuners = list(_tuners(self._model))
+        self._hooks = _hooks(self._model)
+        self.epoch += changed
+        return changed
+
+    def glance(self) -> bool:
+        """Compare version counters alone: what a forward pass can afford. True if a weight changed."""
+        versions = tuple(map(_version, self._watched))
+        changed = versions != self._versions
+        self._versions = versions
+        self.epoch += changed
+        return changed
+
+    def invalidate(self) -> None:
+        """Take the weights for changed."""
+        self.epoch += 1
+
+    @property
+    def adapters(self) -> str:
+        """The adapters (peft) that are switched on, with their scales; empty without any."""
+        states = {
+            (tuple(tuner.active_adapters), tuple(sorted(getattr(tuner, "scaling", {}).items())))
+            for tuner in self._tuners
+            if not tuner.disable_adapters
+        }
+        return repr(sorted(states)) if states else ""
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the state as of the last look, to keep pages apart by."""
+        return (str(self.epoch), *filter(None, (self.adapters, self._hooks, _autocast())))
+
+    @property
+    def mixes_adapters(self) -> bool:
+        """True while adapters are chosen row by row (peft's ``adapter_names``): by hooks on its layers."""
+        return any(tuner._forward_pre_hooks for tuner in self._tuners)
+
+    @property
+    def has_prompt_tuning(self) -> bool:
+        """True when peft puts learned tokens or K and V of its own in front of every text."""
+        # Such an adapter shows on the model itself by this one method that is no longer its own.
+        owner = getattr(self._model.prepare_inputs_for_generation, "__self__", None)
+        return bool(getattr(getattr(owner, "active_peft_config", None), "is_prompt_learning", False))
+
+    def fingerprint(self) -> str:
+        """Return a digest of every weight's bytes and the adapters: equal on another machine, too.
+
+        Reads the whole model once an epoch.
+        """
+        self.look()
+        if self._digest is None or self._digest[0] != self.epoch:
+            digest = hashlib.sha256(type(self._model).__name__.encode())
+            for name, tensor in _tensors(self._model):
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            self._digest = self.epoch, digest.hexdigest()
+        return hashlib.sha256(f"{self._digest[1]} {self.adapters}".encode()).hexdigest()[:32]
+
+
+class Tenancy:
+    """Where one session's pages are found: its tenant's, of this model as it is now."""
+
+    def __init__(self, state: ModelState, cache: KVCache, tenant: str, model: int) -> None:
+        self._state = state
+        self._cache = cache
+        self._tenant = tenant
+        self._model = model
+        self._parts: tuple[str, ...] = ()
+
+    def namespace(self, *parts: str) -> int:
+        """Return the namespace of the model as it is now; those of older weights are dropped."""
+        if self._state.look():
+            forget_older(self._cache, self._model, self._state.epoch)
+        self._parts = self._state.parts
+        return self._cache.tenant_namespace(self._tenant, "model", str(self._model), *self._parts, *parts)
+
+    def is_stale(self) -> bool:
+        """Return whether the model has changed since ``namespace`` was last asked."""
+        self._state.glance()
+        return self._parts != self._state.parts
+
+
+def forget_older(cache: KVCache, model: int, epoch: int) -> None:
+    """Drop what is cached of ``model`` under other weights than those of ``epoch``."""
+    mine = ("model", str(model))
+    cache.drop_namespaces(lambda parts: parts[2:4] == mine and parts[4:5] != (str(epoch),))
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return a few values of every contiguous floating-point tensor, float32 on the CPU."""
+    found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.is_contiguous() and tensor.numel() >= SAMPLES:
+            step = tensor.numel() // SAMPLES
+            place = found.setdefault((tensor.device, tensor.dtype), [])
+            place.append(tensor.detach().as_strided((SAMPLES,), (step,)))
+    values = [torch.cat(samples).float().cpu() for samples in found.values()]
+    return torch.cat(values) if values else torch.empty(0)
+
+
+def _tuners(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield peft's adapter layers. Nobody can have made one without having imported it."""
+    layers = sys.modules.get("peft.tuners.tuners_utils")
+    if layers is not None:
+        yield from (module for module in model.modules() if isinstance(module, layers.BaseTunerLayer))
+
+
+def _hooks(model: torch.nn.Module) -> str:
+    """Name every hook that may change what flows through the model; torch never gives a number twice."""
+    hooked = [
+        (index, *module._forward_pre_hooks, -1, *module._forward_hooks)
+        for index, module in enumerate(model.modules())
+        if module._forward_pre_hooks or module._forward_hooks
+    ]
+    return f"hooks {hooked}" if hooked else ""
+
+
+def _autocast() -> str:
+    """Name the autocast in force: under it K and V are others."""
+    kinds = (kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
+    return ",".join(f"autocast {kind} {torch.get_autocast_dtype(kind)}" for kind in kinds)
