@@ -193,7 +193,8 @@ class Attachment:
         else:
             if whole := next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None):
                 raise UnsupportedError(
-                    f"a reproducible session takes {whole} only up to {self._grid} tokens a call"
+                    f"a session cannot take {whole} in a call of {len(stops)} forward passes: "
+                    f"reproducible=True cuts every {self._grid} tokens"
                 )
             before = rows.mark()
             try:

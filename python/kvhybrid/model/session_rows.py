@@ -201,7 +201,8 @@ class SessionRows:
         Returns ``(input_ids, attention_mask)`` of columns that are lost and must be computed again
         first, or None.
         """
-        if self.rows is not None and self._weights.is_stale():
+        # Inside a call of ``generate`` the weights are those that it began with.
+        if self.rows is not None and self._depth == 1 and self._weights.is_stale():
             self.release()
         released = self._released
         if self.rows is not None or not released.texts:

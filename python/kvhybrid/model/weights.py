@@ -30,9 +30,10 @@ class ModelState:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self.epoch = 0
+        self.epoch = self.kept_epoch = 0
         self._seen: list[object] = []
-        self._values = torch.empty(0)
+        self._views: list[list[torch.Tensor]] = []
+        self._values: list[torch.Tensor] = []
         self._versions: tuple[int, ...] = ()
         self._watched: list[torch.Tensor] = []
         self._tuners: list[Any] = []
@@ -44,22 +45,30 @@ class ModelState:
         """Compare every weight with how it was, by identity, version and samples. True if one changed."""
         watched = [tensor for _, tensor in _tensors(self._model) if not tensor.is_meta]
         seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
-        versions = tuple(map(_version, watched))
-        values = _samples(watched)
-        changed = seen != self._seen or versions != self._versions or not torch.equal(values, self._values)
-        self._watched, self._seen, self._versions, self._values = watched, seen, versions, values
         self._tuners = list(_tuners(self._model))
         self._hooks = _hooks(self._model)
-        self.epoch += changed
-        return changed
+        if seen == self._seen:
+            return self.glance()
+        self._watched, self._seen = watched, seen
+        self._views = _views(watched)
+        self._versions, self._values = self._state()
+        self.epoch += 1
+        return True
 
     def glance(self) -> bool:
-        """Compare version counters alone: what a forward pass can afford. True if a weight changed."""
-        versions = tuple(map(_version, self._watched))
-        changed = versions != self._versions
-        self._versions = versions
-        self.epoch += changed
-        return changed
+        """Compare the weights known with how they were, by version and samples. True if one changed.
+
+        Versions alone do not do: torch's fused optimizers do not count their writes.
+        """
+        versions, values = self._state()
+        is_same = versions == self._versions and all(map(torch.equal, values, self._values))
+        self._versions, self._values = versions, values
+        self.epoch += not is_same
+        return not is_same
+
+    def _state(self) -> tuple[tuple[int, ...], list[torch.Tensor]]:
+        with torch.no_grad():
+            return tuple(map(_version, self._watched)), [torch.cat(views) for views in self._views]
 
     def invalidate(self) -> None:
         """Take the weights for changed."""
@@ -119,7 +128,9 @@ class Tenancy:
 
     def namespace(self, *parts: str) -> int:
         """Return the namespace of the model as it is now; those of older weights are dropped."""
-        if self._state.look():
+        self._state.look()
+        if self._state.kept_epoch != self._state.epoch:
+            self._state.kept_epoch = self._state.epoch
             forget_older(self._cache, self._model, self._state.epoch)
         self._parts = self._state.parts
         return self._cache.tenant_namespace(self._tenant, "model", str(self._model), *self._parts, *parts)
@@ -144,16 +155,15 @@ def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _samples(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Return a few values of every contiguous floating-point tensor, float32 on the CPU."""
+def _views(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Return a view of a few values of every contiguous floating-point tensor, by device and dtype."""
     found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.is_contiguous() and tensor.numel() >= SAMPLES:
             step = tensor.numel() // SAMPLES
             place = found.setdefault((tensor.device, tensor.dtype), [])
             place.append(tensor.detach().as_strided((SAMPLES,), (step,)))
-    values = [torch.cat(samples).float().cpu() for samples in found.values()]
-    return torch.cat(values) if values else torch.empty(0)
+    return list(found.values())
 
 
 def _tuners(model: torch.nn.Module) -> Iterator[Any]:
