@@ -15,7 +15,11 @@ UV = $(if $(shell uv --version 2>/dev/null),uv,$(BIN)/uv)
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 CARGO := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo
 
-.PHONY: help env demo test test-rust test-python lint format bench build clean
+# What .venv holds beside the package. With the oldest dependencies (UV_RESOLUTION=lowest-direct) it is `dev` alone:
+# what the examples' clients depend on in turn asks for a newer transformers than the package does.
+DEPENDENCY_GROUPS ?= dev examples
+
+.PHONY: help env demo examples test test-rust test-python lint format bench build clean
 
 help: ## show this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +29,9 @@ env: $(VENV)/.built ## create .venv with everything in it, and build the extensi
 
 demo: env ## several sessions on the embedded model: time to first token with and without reuse
 	$(BIN)/kvhybrid demo
+
+examples: env ## peft, outlines, lm-eval and langchain over the embedded model, and what each saves
+	for program in $$(grep -l __main__ examples/*.py); do HF_HUB_OFFLINE=1 $(BIN)/python $$program || exit 1; done
 
 test: test-rust test-python ## all tests
 
@@ -56,7 +63,7 @@ build: $(VENV)/.installed ## the wheel, into dist/
 
 clean: ## remove whatever these targets made
 	rm -rf $(VENV) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benches/.asv
-	find python tests benches scripts -name __pycache__ -prune -exec rm -rf {} +
+	find python tests benches examples scripts -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/kvhybrid/_core*.so python/kvhybrid/_core*.pyd
 
 $(VENV)/.created:
@@ -66,7 +73,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra cli --group dev
+	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra cli $(DEPENDENCY_GROUPS:%=--group %)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)
