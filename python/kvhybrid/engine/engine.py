@@ -74,7 +74,9 @@ class KVEngine:
         _check_count("prefill_tokens", prefill_tokens, 2**31 - 1)
         self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
         self.cache = KVCache.for_model(self.model, config)
-        self.packing, self.packing_reason = in_own_thread(choose_packing, self.model, self.cache.layout)
+        self.packing, self.packing_reason = in_own_thread(
+            choose_packing, self.model, self.cache.layout, alone=self.cache.config.reproducible
+        )
         capacity = self.cache.pool.num_pages * self.cache.layout.block_size
         self._door = Door(self.model, self.tokenizer, capacity)
         self._scheduler = Scheduler(max_queued)

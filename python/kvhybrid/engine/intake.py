@@ -18,6 +18,7 @@ from kvhybrid.engine.running import Running
 from kvhybrid.engine.stream import Stream
 from kvhybrid.engine.ticket import Ticket
 from kvhybrid.errors import ClosedError, KVHybridError
+from kvhybrid.model.passes import GRID
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -87,6 +88,7 @@ class Intake:
             request,
             prompt,
             namespace=self._cache.tenant_namespace(request.tenant),
+            grid=max(GRID, self._cache.layout.block_size) if self._cache.config.reproducible else 0,
             end_ids=self.door.end_ids,
             tokenizer=self.door.tokenizer,
             expires=expires,

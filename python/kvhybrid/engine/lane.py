@@ -57,6 +57,7 @@ class Lane:
         self._pool = cache.pool
         self._storage = cache.storage
         self._budget = budget
+        self._is_exact = cache.config.reproducible  # forward passes are cut where the rows say
         self._batch = Batch(cache.pool)
         self._full = False  # room was lacking, and no row has left since
         self._out = Outcome()  # of the step under way: whom it has let go must hear of its end
@@ -188,8 +189,8 @@ class Lane:
         left = max(self._budget - int(counts.sum()), 0 if counts.any() else 1)
         for index, row in sorted(enumerate(self.rows), key=lambda item: item[1].rank):
             if row.pending > 1:
-                counts[index] = min(row.pending, left)
-                left -= int(counts[index])
+                counts[index] = row.next_pass() if self._is_exact and left > 0 else min(row.pending, left)
+                left = max(left - int(counts[index]), 0)
         return [row for row, count in zip(self.rows, counts, strict=True) if count], counts, None
 
     def _preempt(self, row: Running, out: Outcome) -> None:

@@ -38,7 +38,8 @@ class Running:
     """One request's tokens, its pages while it has any, and how far its answer is.
 
     ``tokens`` holds the prompt and everything generated, so that a preempted request can be opened
-    again and go on as if nothing had been.
+    again and go on as if nothing had been. With a ``grid`` (``reproducible``) they are computed in the
+    same forward passes whatever is cached and whatever else runs.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Running:
         end_ids: frozenset[int],
         tokenizer: PreTrainedTokenizerBase | None,
         expires: float = math.inf,
+        grid: int = 0,
     ) -> None:
         self.key = next(_arrivals)
         self.request = request
@@ -68,17 +70,34 @@ class Running:
         self.preemptions = 0
         self.cancelled = False
         self.first_token_at = math.nan
+        self._grid = grid
         self._namespace = namespace
         self._end_ids = end_ids
 
     def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
         """Pin the longest cached prefix; everything behind it is pending."""
         self.close()
-        sequence = pool.open(self.tokens, self._namespace, align=align)
+        sequence = pool.open(self.tokens, self._namespace, align=max(align, self._grid))
+        if self._grid:
+            prompt, known = self.num_prompt_tokens, len(self.tokens)
+            # What was generated may be cached as part of another prompt, computed in another way.
+            keep = (prompt - 1) // self._grid * self._grid
+            if sequence.length > keep:
+                sequence.truncate(keep)
+                sequence.append(self.span(keep, known))
+            sequence.share_up_to(prompt // self._grid * self._grid)
         self.sequence, self.pending, self.next = sequence, sequence.pending, None
         if self.preemptions == 0:  # later it would find what it computed itself
             self.cached_tokens = sequence.cached
         return sequence
+
+    def next_pass(self) -> int:
+        """Return how many pending tokens the next forward pass may compute at most."""
+        if not self._grid:
+            return self.pending
+        past = len(self.tokens) - self.pending
+        left = self.num_prompt_tokens - past
+        return min(self._grid - past % self._grid, left) if left > 0 else 1
 
     def close(self) -> None:
         """Give the pages back; the tokens stay. Idempotent."""

@@ -19,7 +19,7 @@ from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import model_number, reading_pages, switch_off, switch_on
 from kvhybrid.model.obstacles import mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
 from kvhybrid.model.padding import vocab_size
-from kvhybrid.model.passes import WHOLE, join, narrow, parts, widen
+from kvhybrid.model.passes import GRID, WHOLE, join, narrow, parts, widen
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.transformers_cache import PagedSession
@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from kvhybrid.model.routes import Reader
 
 _ATTACHED = "_kvhybrid_attachment"
-# Tokens a forward pass with ``reproducible``: long enough that a prefill costs little more, short enough
-# that most of a prompt lies before the last multiple.
-GRID = 512
 
 
 class Attachment:
@@ -52,7 +49,7 @@ class Attachment:
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._grid = GRID if cache.config.reproducible else 0
+        self._grid = max(GRID, cache.layout.block_size) if cache.config.reproducible else 0
         self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
         # Set on the object by others (accelerate does), and put back by ``detach``.
         self._own = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}

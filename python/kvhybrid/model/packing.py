@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 STEPS = ((11, 6), (5, 1), (1, 1))
 
 
-def choose_packing(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
+def choose_packing(model: PreTrainedModel, layout: KVLayout, *, alone: bool = False) -> tuple[Packing, str]:
     """Return the fastest packing that gives the model's own logits, and why it was chosen.
 
+    ``alone``: rows are never packed, so that no row's sums depend on who else is there.
     Raises ``UnsupportedError`` with both reasons when neither does.
     """
     refuse(model)
@@ -41,23 +42,25 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, s
     model.eval()
     try:
         with torch.inference_mode():
-            return _choose(model, layout)
+            return _choose(model, layout, alone=alone)
     finally:
         model.train(was_training)
 
 
-def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Packing, str]:
+def _choose(model: PreTrainedModel, layout: KVLayout, *, alone: bool) -> tuple[Packing, str]:
     vocab = vocab_size(model)
     lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
     texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
     expected = torch.cat(_own_logits(model, texts))
     implementation = own_implementation(model)
-    if implementation == "sdpa":
-        problem = _try(model, layout, Packing.RAGGED, texts, expected)
-        if problem is None:
-            return Packing.RAGGED, "packed rows give the model's own logits"
-    else:
+    if alone:
+        problem = "every row is computed alone"
+    elif implementation != "sdpa":
         problem = f"its attention implementation is {implementation!r}, packed rows need 'sdpa'"
+    elif (found := _try(model, layout, Packing.RAGGED, texts, expected)) is not None:
+        problem = found
+    else:
+        return Packing.RAGGED, "packed rows give the model's own logits"
     worse = _try(model, layout, Packing.ROWWISE, texts, expected)
     if worse is None:
         return Packing.ROWWISE, problem
