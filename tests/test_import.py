@@ -1,7 +1,9 @@
 """Importing the package costs next to nothing, and the public surface is what it says."""
 
+import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -55,6 +57,34 @@ def test_running_out_of_memory_is_also_torchs_error():
     torch = pytest.importorskip("torch")
     assert issubclass(kvhybrid.OutOfMemoryError, kvhybrid.CapacityError)
     assert issubclass(kvhybrid.OutOfMemoryError, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError, match="no room") as caught:
+        raise kvhybrid.OutOfMemoryError("no room")
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert type(again) is kvhybrid.OutOfMemoryError
+    assert again.args == ("no room",)
+
+
+def test_errors_do_without_torch_until_its_own_is_asked_for():
+    assert "torch" not in loaded_after("import kvhybrid.errors; kvhybrid.errors.CapacityError")
+    assert "torch" in loaded_after("import kvhybrid.errors; kvhybrid.errors.OutOfMemoryError")
+
+
+def test_there_is_one_class_for_running_out_of_memory_however_many_ask_at_once(monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.delitem(vars(kvhybrid.errors), "OutOfMemoryError", raising=False)
+    start, found = threading.Barrier(8), []
+
+    def ask():
+        start.wait()
+        found.append(kvhybrid.errors.OutOfMemoryError)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1
 
 
 def test_overload_says_when_to_come_back():

@@ -4,7 +4,6 @@ Holds no logic. The three that the native core raises are re-exported from it. t
 only when ``OutOfMemoryError`` is asked for, because it is one of torch's errors too.
 """
 
-from functools import cache
 from typing import TYPE_CHECKING
 
 from kvhybrid._core import CapacityError, ClosedError, KVHybridError
@@ -70,7 +69,6 @@ class OverloadedError(KVHybridError):
         self.retry_after = retry_after
 
 
-@cache
 def _out_of_memory_error() -> type[CapacityError]:
     import torch
 
@@ -86,5 +84,6 @@ def _out_of_memory_error() -> type[CapacityError]:
 
 def __getattr__(name: str) -> object:
     if name == "OutOfMemoryError":
-        return _out_of_memory_error()
+        # Of two threads that ask first, both get the one that came first: there is one such class.
+        return globals().setdefault(name, _out_of_memory_error())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
