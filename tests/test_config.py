@@ -66,8 +66,6 @@ ASKED = {
     "compression_ratio": 0.5,
     "use_quantization": True,
     "quantization_bits": 8,
-    "enable_gc": True,
-    "gc_threshold": 0.5,
     "enable_persistence": True,
     "persistence_path": "somewhere",
     "reproducible": True,
@@ -147,6 +145,9 @@ def test_a_detail_says_nothing_without_its_switch():
     with pytest.raises(ConfigError, match="prefetch_size=9: says nothing without enable_prefetch=True"):
         KVCacheConfig(prefetch_size=9)
     assert KVCacheConfig(prefetch_size=9, enable_prefetch=True).prefetch_size == 9
+    with pytest.raises(ConfigError, match=r"gc_threshold=0.5: says nothing without enable_gc=True"):
+        KVCacheConfig(gc_threshold=0.5)
+    assert KVCacheConfig(gc_threshold=0.5, enable_gc=True).gc_threshold == 0.5
 
 
 def test_presets_hold_the_promised_numbers():
@@ -161,6 +162,17 @@ def test_the_low_latency_preset_works():
     assert (config.max_tokens, config.dtype, config.prefetch_size) == (8192, "float16", 8)
     assert config.pin_memory
     assert config.non_blocking
+
+
+@pytest.mark.parametrize("threshold", [0.001, 0.5, 1])
+def test_collection_starts_at_any_fraction_of_the_budget(threshold):
+    assert KVCacheConfig(enable_gc=True, gc_threshold=threshold).gc_threshold == threshold
+
+
+@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, math.inf, True])
+def test_a_threshold_that_is_no_fraction_is_refused(threshold):
+    with pytest.raises(ConfigError, match=r"gc_threshold=.*above 0 and at most 1"):
+        KVCacheConfig(enable_gc=True, gc_threshold=threshold)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "low_latency"])
@@ -278,6 +290,7 @@ valid_values = st.fixed_dictionaries(
         "max_memory_mb": st.none() | st.floats(0.01, 2**30),
         "block_size": st.integers(0, 10).map(lambda n: 2**n),
         "dtype": st.sampled_from([None, "float16", "bfloat16", "float32"]),
+        "enable_gc": st.booleans(),
         "enable_prefetch": st.booleans(),
         "pin_memory": st.booleans(),
         "non_blocking": st.booleans(),

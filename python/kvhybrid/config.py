@@ -32,8 +32,6 @@ ABSENT: Final = frozenset(
         "compression_ratio",
         "use_quantization",
         "quantization_bits",
-        "enable_gc",
-        "gc_threshold",
         "enable_persistence",
         "persistence_path",
         "host_memory_mb",
@@ -106,7 +104,9 @@ class KVCacheConfig(BaseSettings):
     """Token positions that the device tier may hold, all sequences together; never exceeded."""
 
     max_memory_mb: Budget = None
-    """Cap in MiB on the bytes of the device tier; with ``max_tokens`` the smaller wins. None: no cap."""
+    """Cap in MiB on the bytes of the device tier's pages; with ``max_tokens`` the smaller wins. None: no cap.
+
+    What attention gathers into while texts run comes on top: see ``buffer_bytes`` in ``get_stats``."""
 
     cache_strategy: Annotated[CacheStrategy, BeforeValidator(_lower)] = CacheStrategy.LRU
     """Who leaves first when room is needed."""
@@ -140,10 +140,10 @@ class KVCacheConfig(BaseSettings):
     """Stored bits of K and V; 16 is off."""
 
     enable_gc: bool = False
-    """Make room in the background, before it is asked for. The hard cap holds either way."""
+    """Evict cold pages in the background, before room is asked for. The hard cap holds either way."""
 
     gc_threshold: Annotated[float, Number, Field(gt=0, le=1)] = 0.9
-    """The fraction of the budget at which that starts."""
+    """The fraction of the budget at which that starts. It goes on down to 0.8 of this threshold."""
 
     enable_prefetch: bool = False
     """Bring pages up from slower tiers ahead of need. Without a slower tier there is nothing to bring."""
@@ -242,7 +242,7 @@ class KVCacheConfig(BaseSettings):
             return self.pin_memory, self.non_blocking
         if ignored := [name for name in ("pin_memory", "non_blocking") if getattr(self, name)]:
             verb = "are" if len(ignored) > 1 else "is"
-            warnings.warn(f"{' and '.join(ignored)} {verb} ignored on {device_type}: CUDA only", stacklevel=3)
+            warnings.warn(f"{' and '.join(ignored)} {verb} ignored on {device_type}: CUDA only", stacklevel=4)
         return False, False
 
     def to_dict(self) -> dict[str, Any]:

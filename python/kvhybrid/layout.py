@@ -171,8 +171,12 @@ class KVLayout:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of K and V that one token takes over all layers."""
-        numbers = sum(shape.numbers_per_token for shape in self.layers if shape is not None)
-        return numbers * DTYPE_BYTES[self.dtype]
+        return sum(map(self.layer_bytes_per_token, self.kept_layers))
+
+    def layer_bytes_per_token(self, layer: int) -> int:
+        """Return the bytes of K and V that one token takes in a layer."""
+        shape = self.layers[layer]
+        return shape.numbers_per_token * DTYPE_BYTES[self.dtype] if shape is not None else 0
 
     @property
     def bytes_per_page(self) -> int:

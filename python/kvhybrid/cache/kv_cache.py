@@ -9,13 +9,15 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
 
 import torch
 
 from kvhybrid._core import PagePool
+from kvhybrid.cache.budget import make_storage
+from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.measured import measure_layers
-from kvhybrid.cache.pages import PageStorage
+from kvhybrid.cache.process_kv import TensorSessions
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
 from kvhybrid.layout import KVLayout
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
+
+    from kvhybrid.cache.process_kv import SliceMetadata
 
 
 class Session(Protocol):
@@ -38,7 +42,8 @@ class KVCache:
 
     ``layout`` says how wide a token is; ``config`` how many there is room for. ``device`` is where the
     pages lie, ``devices`` where each layer's do when they differ. Raises ``ConfigError`` when the budget
-    holds no page, ``LayoutError`` when ``config`` and ``layout`` contradict each other.
+    holds no page, or more than a device could ever hold; ``OutOfMemoryError`` when a device does not set it
+    aside now; ``LayoutError`` when ``config`` and ``layout`` contradict each other.
     """
 
     def __init__(
@@ -57,12 +62,14 @@ class KVCache:
         if self.config.dtype is not None and self.config.dtype != layout.dtype:
             raise LayoutError(f"config.dtype={self.config.dtype}, the layout says {layout.dtype}")
         self.layout = layout
-        num_pages = layout.num_pages(self.config.max_tokens, self.config.max_memory_mb)
-        self.pool = PagePool(num_pages, layout.block_size)
-        pin_memory, non_blocking = self.config.host_copies(torch.device(device).type)
-        self.storage = PageStorage(
-            layout, num_pages, device, devices=devices, pin_memory=pin_memory, non_blocking=non_blocking
-        )
+        self.storage = make_storage(self.config, layout, torch.device(device), devices)
+        self.pool = PagePool(self.storage.num_pages, layout.block_size)
+        self._collector: Collector | None = None
+        if self.config.enable_gc:
+            self._collector = Collector(self.pool, self.config.gc_threshold)
+            self.storage.settled = self._collector.look
+        self._tensors = TensorSessions(self.pool, self.storage)
+        self._cleared_pages = 0
         self._lock = threading.RLock()
         self._namespaces: dict[tuple[str, ...], int] = {}
         self._numbers = itertools.count()
@@ -130,13 +137,53 @@ class KVCache:
             return self._sessions[key]
 
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
-        """Forget a session; what it computed stays cached until it is evicted. True if it was known."""
+        """Forget a session, a model's or ``process_kv``'s or both of that name. True if it was known.
+
+        What a model computed stays cached until it is evicted; what came as tensors is gone.
+        """
         with self._lock:
             session = self._sessions.pop((tenant, session_id), None)
-        if session is None:
-            return False
-        session.close()
-        return True
+        if session is not None:
+            session.close()
+        return self._tensors.drop((tenant, session_id)) or session is not None
+
+    def process_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache_position: torch.Tensor | SupportsIndex | None = None,
+        *,
+        layer_idx: int = 0,
+        session_id: str = "default",
+        tenant: str = "default",
+    ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
+        """Store a slice of one layer's K and V, and return all of the layer up to the slice's end.
+
+        ``key``, ``value`` ``[batch, num_kv_heads, tokens, width]``, in any of the storage dtypes, with or
+        without a gradient, which ends here. ``cache_position``: where the slice begins, or its
+        consecutive positions as a tensor; None appends. Layers come in any order, each with its own
+        progress. Positions that the layer holds already are not overwritten; only what follows is stored.
+
+        Returns K and V ``[batch, num_kv_heads, end, width]``, fresh tensors in the caller's dtype, equal to
+        the bit to what went in unless the cache's dtype is narrower, and a ``SliceMetadata``.
+
+        A session begins with its first slice and keeps its pages until ``drop_session`` or
+        ``truncate_kv``: it is never evicted. Calls of several threads to one session follow each other.
+
+        Whatever is raised, nothing was stored: ``LayoutError`` for shapes, dtypes, devices and another
+        batch size; ``InvalidRequestError`` for positions that leave a gap, and for NaN, infinities and
+        numbers that the cache's dtype cannot hold; ``OutOfMemoryError`` when there is no room after
+        evicting what may leave and trying once more; ``ClosedError``.
+        """
+        return self._tensors.process(key, value, cache_position, layer_idx, (tenant, session_id))
+
+    def truncate_kv(self, length: int, *, session_id: str = "default", tenant: str = "default") -> None:
+        """Drop the positions of a ``process_kv`` session from ``length`` on, in every layer.
+
+        With 0 the session is forgotten. Raises ``InvalidRequestError`` when there is no such session, or
+        when it holds fewer positions.
+        """
+        self._tensors.truncate((tenant, session_id), length)
 
     def watch(self, session: Session) -> None:
         """Close an unnamed session (a fork), should it still live, together with the named ones."""
@@ -161,7 +208,9 @@ class KVCache:
         """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
 
         ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the pages
-        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say.
+        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say. ``capacity_bytes`` never exceeds
+        ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
+        ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
         """
         counters = self.pool.statistics()
         used = counters["num_pages"] - counters["free_pages"]
@@ -173,7 +222,11 @@ class KVCache:
             "used_bytes": used * page,
             "capacity_bytes": counters["num_pages"] * page,
             "capacity_tokens": counters["num_pages"] * self.layout.block_size,
-            "sessions": len(self._sessions),
+            "buffer_bytes": self.storage.buffers.num_bytes,
+            "sessions": len(self._sessions) + len(self._tensors),
+            "gc_runs": self._collector.runs if self._collector else 0,
+            "gc_evicted_pages": self._collector.evicted_pages if self._collector else 0,
+            "cleared_pages": self._cleared_pages,
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,
@@ -181,12 +234,18 @@ class KVCache:
 
     def clear(self) -> int:
         """Evict every page that nobody holds and return how many left."""
-        return self.pool.evict(self.pool.num_pages)
+        evicted = self.pool.evict(self.pool.num_pages)
+        with self._lock:
+            self._cleared_pages += evicted
+        return evicted
 
     def close(self) -> None:
-        """Close every session and refuse new ones. Idempotent."""
+        """Close every session, end the collector's thread and refuse new sessions. Idempotent."""
         self._closed = True
         self.on_session(None)
+        self._tensors.close()
+        if self._collector is not None:
+            self._collector.stop()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -197,5 +256,6 @@ class KVCache:
         used = self.pool.num_pages - self.pool.num_free
         return (
             f"<KVCache {state}{used}/{self.pool.num_pages} pages of {self.layout.block_size}, "
-            f"{self.layout.dtype} on {self.storage.device}, {len(self._sessions)} sessions>"
+            f"{self.layout.dtype} on {self.storage.device}, "
+            f"{len(self._sessions) + len(self._tensors)} sessions>"
         )

@@ -7,14 +7,16 @@ Knows shapes and bytes. Refuses to know which tokens a page holds or who may rea
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvhybrid.cache.memory import Buffers
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kvhybrid.layout import KVLayout
 
@@ -27,6 +29,8 @@ class PageStorage:
     A layer that keeps no K and V has empty tensors. ``devices``: where each layer's pages lie, when not
     all are on ``device``.
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
+    ``buffers`` counts what readers hold beside the pages. ``settled`` is called by whoever committed pages
+    or let some go: it is a collector's, where there is one.
     """
 
     def __init__(
@@ -41,6 +45,8 @@ class PageStorage:
     ) -> None:
         self.layout = layout
         self.num_pages = num_pages
+        self.buffers = Buffers()
+        self.settled: Callable[[], None] = _ignore
         self._pin_memory = pin_memory
         self._non_blocking = non_blocking
         self.block_size = layout.block_size
@@ -59,9 +65,11 @@ class PageStorage:
             self.values.append(self._empty(num_pages, heads, self.block_size, value_width, device=place))
 
     def _empty(self, *shape: int, device: torch.device) -> torch.Tensor:
-        # Made under inference_mode it could not be written outside of it.
+        # Made under inference_mode it could not be written outside of it. Made by ``torch.empty`` it would
+        # be filled, and paid for at once, where deterministic algorithms are asked for.
         with torch.inference_mode(False):
-            return torch.empty(shape, dtype=self.dtype, device=device)
+            room = torch.UntypedStorage(math.prod(shape) * self.dtype.itemsize, device=device)
+            return torch.empty(0, dtype=self.dtype, device=device).set_(room).view(shape)
 
     def to_device(self, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Copy host indices to a layer's pages, pinned and asynchronously when so configured."""
@@ -163,6 +171,10 @@ class PageStorage:
         if piece.pages == 0:
             return pages[piece.page, :, piece.first : piece.last]
         return pages[piece.page : piece.page + piece.pages]
+
+
+def _ignore() -> None:
+    """Nobody listens."""
 
 
 class Piece(NamedTuple):

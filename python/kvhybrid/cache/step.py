@@ -173,6 +173,7 @@ class Step:
                 f"the layout has {len(self.storage.layout.kept_layers)}"
             )
         self._plan.commit()
+        self.storage.settled()
 
     def abandon(self) -> None:
         """Give the step's pages back. A no-op when ``commit`` has done so already."""

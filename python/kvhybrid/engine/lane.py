@@ -100,6 +100,7 @@ class Lane:
         self._batch.remove(row.sequence)
         self.rows.remove(row)
         row.close()
+        self._storage.settled()
         self._runner.forget(row.key)
         self._full = False
 

@@ -179,7 +179,7 @@ class PagedAttention:
             room = max(pages, 2 * known.shape[0] if known is not None else 0)
             with torch.inference_mode(False):  # or it could not be reused outside of it
                 known = torch.empty((room, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
-            self._buffers.of[key] = known
+            self._buffers.of[key] = self.storage.buffers.track(known)
         return known[:pages]
 
 

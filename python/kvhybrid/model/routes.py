@@ -126,15 +126,16 @@ class MaterialisedReader:
                 mirror = torch.zeros((batch, heads, room, width), dtype=new.dtype, device=new.device)
             if known is not None:
                 mirror[:, :, :held] = known[index][:, :, :held]
-            grown.append(mirror)
+            grown.append(self._storage.buffers.track(mirror))
         self._mirrors[layer] = (grown[0], grown[1])
         return grown[0], grown[1]
 
     def reorder(self, rows: list[int]) -> None:
         """Keep these rows of every mirror, in this order."""
+        track = self._storage.buffers.track
         with torch.inference_mode(False):
             for layer, (keys, values) in self._mirrors.items():
-                self._mirrors[layer] = keys[rows], values[rows]
+                self._mirrors[layer] = track(keys[rows]), track(values[rows])
 
     def forget(self, columns: int) -> None:
         """Drop what is held from ``columns`` on; with 0 the mirrors themselves."""

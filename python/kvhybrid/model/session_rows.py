@@ -325,6 +325,7 @@ class SessionRows:
         if rows is not None:
             rows.close()
         self.reader.forget(0)
+        self.cache.storage.settled()
 
     def close(self) -> None:
         """Release the pages for good; when another thread uses them, as soon as it is done. Idempotent."""

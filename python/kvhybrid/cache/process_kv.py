@@ -1,0 +1,231 @@
+"""``process_kv``: a cache for callers who have K and V and no model of ours. Its sessions, and its door.
+
+Whole or not at all: a call that raises has stored nothing, whatever raised. Pages of these sessions hold
+what nobody can compute again, because there are no tokens to compute it from; so they are never
+evicted, and leave when their session is truncated or dropped. What makes room is the cache of prefixes.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, SupportsIndex, TypedDict
+
+from kvhybrid.cache.memory import is_out_of_memory
+from kvhybrid.cache.slices import as_stored, check_slice, read_start, whole_number
+from kvhybrid.cache.tensor_session import TensorSession
+from kvhybrid.errors import CapacityError, ClosedError, InvalidRequestError, LayoutError, OutOfMemoryError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from kvhybrid._core import PagePool
+    from kvhybrid.cache.pages import PageStorage
+
+__all__ = ["SliceMetadata", "TensorSessions"]
+
+
+class SliceMetadata(TypedDict):
+    """What ``process_kv`` did with one slice."""
+
+    cached: bool
+    """True when all of the slice was there already, and nothing was stored."""
+    position: int
+    """Where the slice begins."""
+    tokens: int
+    """Positions stored by this call: the slice's length, less what was cached of it."""
+    bytes: int
+    """Bytes of the pages that those took, in this layer, over all rows."""
+    codec: str
+    """How they are stored: the dtype of full-precision pages."""
+    evicted: int
+    """Pages of cached prefixes that left to make room. Never those of a ``process_kv`` session."""
+
+
+class TensorSessions:
+    """The sessions of ``process_kv``, by ``(tenant, session_id)``."""
+
+    def __init__(self, pool: PagePool, storage: PageStorage) -> None:
+        self._pool = pool
+        self._storage = storage
+        self._known: dict[tuple[str, str], TensorSession] = {}
+        # Guards the dictionary. Taken while holding a session's lock, never the other way round.
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def process(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cache_position: torch.Tensor | SupportsIndex | None,
+        layer: int,
+        name: tuple[str, str],
+    ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
+        """Store a slice and return its layer up to the slice's end: see ``KVCache.process_kv``."""
+        _check_name(name)
+        layer = whole_number("layer_idx", layer)
+        check_slice(self._storage, layer, key, value)
+        start = read_start(cache_position, key.shape[2])
+        with self._entered(name, key.shape[0]) as session:
+            filled = session.filled(layer)
+            position = filled if start is None else start
+            if position > filled:
+                raise InvalidRequestError(
+                    f"cache_position begins at {position}, but layer {layer} of session {name[1]!r} holds "
+                    f"{filled} positions: {position - filled} are missing in between"
+                )
+            return self._store(session, layer, position, key, value, name[1])
+
+    def _store(
+        self,
+        session: TensorSession,
+        layer: int,
+        position: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        session_id: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
+        """Try; when memory runs out, make room and try once more."""
+        evicted_before = session.evicted
+        try:
+            return self._try(session, layer, position, key, value, evicted_before)
+        except (CapacityError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            # A plan that finds no page has counted all that may leave: only what others give back meanwhile
+            # helps then, and evicting the rest would cost others their prefixes for nothing.
+            lacks_pages = isinstance(error, CapacityError)
+        if not lacks_pages:
+            session.evicted += self._pool.evict(key.shape[0] * -(-key.shape[2] // self._pool.block_size))
+        try:
+            return self._try(session, layer, position, key, value, evicted_before)
+        except (CapacityError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(
+                f"no room for {key.shape[2]} tokens in {key.shape[0]} rows of session {session_id!r}, twice "
+                f"(sessions of process_kv keep their pages until dropped or truncated): {error}"
+            ) from error
+
+    def _try(
+        self,
+        session: TensorSession,
+        layer: int,
+        position: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        evicted_before: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
+        """Store what is not there yet and read all of it; after a failure the session is as it was."""
+        storage, length = self._storage, session.length
+        end = position + key.shape[2]
+        count = max(end - session.filled(layer), 0)
+        try:
+            if count:
+                first = key.shape[2] - count
+                session.store(
+                    layer,
+                    as_stored("K", key[:, :, first:], storage.dtype),
+                    as_stored("V", value[:, :, first:], storage.dtype),
+                )
+            keys, values = session.read(layer, end, key.dtype)
+            session.advance(layer, end)
+        except BaseException:
+            session.truncate(length)
+            raise
+        layout = storage.layout
+        return (
+            keys,
+            values,
+            {
+                "cached": count == 0,
+                "position": position,
+                "tokens": count,
+                "bytes": key.shape[0] * count * layout.layer_bytes_per_token(layer),
+                "codec": layout.dtype,
+                "evicted": session.evicted - evicted_before,
+            },
+        )
+
+    def truncate(self, name: tuple[str, str], length: int) -> None:
+        """Keep the first ``length`` positions of every layer; with 0 the session is forgotten.
+
+        Raises ``InvalidRequestError`` when there is no such session, or when it is shorter.
+        """
+        _check_name(name)
+        length = whole_number("length", length)
+        with self._lock:
+            session = self._known.get(name)
+        unknown = InvalidRequestError(f"process_kv knows no session {name[1]!r} of tenant {name[0]!r}")
+        if session is None:
+            raise unknown
+        with session.lock:
+            if session.is_closed:
+                raise unknown
+            if length > session.length:
+                raise InvalidRequestError(
+                    f"cannot truncate session {name[1]!r} to {length}: it holds {session.length} positions"
+                )
+            session.truncate(length)
+            if length == 0:
+                self._forget(name, session)
+
+    def drop(self, name: tuple[str, str]) -> bool:
+        """Give the pages of a session back, after the call under way. True if it was known."""
+        with self._lock:
+            session = self._known.pop(name, None)
+        if session is None:
+            return False
+        with session.lock:
+            session.close()
+        return True
+
+    def close(self) -> None:
+        """Drop every session and refuse new ones. Idempotent."""
+        with self._lock:
+            self._closed = True
+            names = list(self._known)
+        for name in names:
+            self.drop(name)
+
+    @contextmanager
+    def _entered(self, name: tuple[str, str], batch: int) -> Iterator[TensorSession]:
+        """Own the session of that name for one call; one that then holds nothing is forgotten."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise ClosedError("the cache is closed")
+                session = self._known.get(name)
+                if session is None:
+                    session = self._known[name] = TensorSession(self._pool, self._storage, batch)
+            with session.lock:
+                if session.is_closed:  # dropped while this thread waited: there is a new one, or will be
+                    continue
+                if session.num_rows != batch:
+                    raise LayoutError(
+                        f"K has {batch} rows, session {name[1]!r} was begun with {session.num_rows}: "
+                        "drop it first"
+                    )
+                try:
+                    yield session
+                finally:
+                    if session.length == 0:
+                        self._forget(name, session)
+                return
+
+    def _forget(self, name: tuple[str, str], session: TensorSession) -> None:
+        with self._lock:
+            if self._known.get(name) is session:
+                del self._known[name]
+        session.close()
+
+
+def _check_name(name: tuple[str, str]) -> None:
+    for field, part in zip(("tenant", "session_id"), name, strict=True):
+        if not isinstance(part, str):
+            raise InvalidRequestError(f"{field}={part!r}: must be text")

@@ -1,0 +1,128 @@
+"""``TensorSession``: one session of K and V that came as tensors, without tokens.
+
+Knows pages and how far each layer has come. Refuses to know who asks and what happens when there is no
+room: that is ``kvhybrid.cache.process_kv``.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from kvhybrid._core import Batch
+from kvhybrid.cache.pages import PageTable
+
+if TYPE_CHECKING:
+    from kvhybrid._core import PagePool
+    from kvhybrid.cache.pages import PageStorage
+
+
+class TensorSession:
+    """``batch`` rows of equal length, each a private sequence of the pool.
+
+    The pool counts tokens and there are none here: the sequences hold placeholders and are never sealed,
+    so that nobody finds their pages and no policy takes them. Whichever layer first brings new positions
+    reserves their pages; the other layers write into the same slots. Every call holds ``lock``.
+    """
+
+    def __init__(self, pool: PagePool, storage: PageStorage, batch: int) -> None:
+        self.lock = threading.Lock()
+        self.is_closed = False
+        self.length = 0
+        """Positions that have pages: those of the layer that has come furthest."""
+        self.evicted = 0
+        """Pages that left to make room for this session, since it began."""
+        self._storage = storage
+        nothing = np.empty(0, np.uint32)
+        self._rows = [pool.open(nothing, reuse=False, share=False) for _ in range(batch)]
+        self._batch = Batch(pool, self._rows)
+        self._ids = np.empty((batch, 0), np.int32)
+        self._tables: tuple[int, list[PageTable]] = 0, []
+        self._filled = [0] * storage.layout.num_layers
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch, fixed by the session's first slice."""
+        return len(self._rows)
+
+    def filled(self, layer: int) -> int:
+        """Return how many positions of a layer are there."""
+        return self._filled[layer]
+
+    def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Store K and V ``[batch, num_kv_heads, tokens, width]`` behind what the layer has.
+
+        They count once ``advance`` says so. Raises ``CapacityError`` without room.
+        """
+        past = self._filled[layer]
+        end = past + key.shape[2]
+        if end > self.length:
+            self._reserve(end - self.length)
+        for row, table in enumerate(self._tables_to(end)):
+            self._storage.write_run(layer, table, past, key[row], value[row])
+
+    def read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return copies of a layer's positions ``[0, end)``, ``[batch, num_kv_heads, end, width]``."""
+        storage = self._storage
+        pools = storage.keys[layer], storage.values[layer]
+        keys, values = (
+            torch.empty((self.num_rows, pool.shape[1], end, pool.shape[3]), dtype=dtype, device=pool.device)
+            for pool in pools
+        )
+        for row, table in enumerate(self._tables_to(end)):
+            storage.gather(layer, table, 0, end, (keys[row], values[row]))
+        return keys, values
+
+    def advance(self, layer: int, end: int) -> None:
+        """Make what was stored of a layer, up to ``end``, true."""
+        self._filled[layer] = max(self._filled[layer], end)
+
+    def truncate(self, length: int) -> None:
+        """Drop every position from ``length`` on, in every layer, and give back pages that are then empty."""
+        for row in self._rows:
+            row.truncate(length)
+        self.length = length
+        self._filled = [min(filled, length) for filled in self._filled]
+        pages = -(-length // self._storage.block_size)
+        self._ids, self._tables = self._ids[:, :pages], (0, [])
+        self._storage.settled()
+
+    def close(self) -> None:
+        """Give every page back. Idempotent."""
+        self.is_closed = True
+        for row in self._rows:
+            row.close()
+        self._storage.settled()
+
+    def _reserve(self, count: int) -> None:
+        """Give ``count`` more positions their pages in every row."""
+        was = self.length
+        try:
+            placeholders = np.zeros(count, np.uint32)
+            for row in self._rows:
+                row.append(placeholders)
+            plan = self._batch.plan()
+            try:
+                tables = np.empty((self.num_rows, plan.max_pages), np.int32)
+                lengths = np.empty((self.num_rows, 2), np.int32)
+                plan.fill(tables, np.empty(plan.num_tokens, np.int32), lengths)
+                # At once: private pages with nothing in them harm nobody, and are taken back by length.
+                plan.commit()
+            except BaseException:
+                plan.abandon()
+                raise
+        except BaseException:
+            self.truncate(was)
+            raise
+        self.length, self._ids = was + count, tables
+        self.evicted += plan.num_evicted
+        self._storage.settled()
+
+    def _tables_to(self, end: int) -> list[PageTable]:
+        """Return the rows' page tables; they remember the pieces of one length, which layers share."""
+        if self._tables[0] != end:
+            self._tables = end, [PageTable(ids) for ids in torch.from_numpy(self._ids).long()]
+        return self._tables[1]
