@@ -68,7 +68,6 @@ ASKED = {
     "quantization_bits": 8,
     "enable_persistence": True,
     "persistence_path": "somewhere",
-    "reproducible": True,
     "host_memory_mb": 64,
     "disk_gb": 1,
     "shared_url": "redis://user:hush@localhost",
@@ -295,6 +294,7 @@ valid_values = st.fixed_dictionaries(
         "pin_memory": st.booleans(),
         "non_blocking": st.booleans(),
         "num_workers": st.integers(1, 128),
+        "reproducible": st.booleans(),
         "tenant_isolation": st.booleans(),
     },
 )
