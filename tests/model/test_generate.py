@@ -227,8 +227,8 @@ def test_bad_input_is_refused_with_the_numbers(attachment: Attachment) -> None:
     right[0, 4:] = 0
     with pytest.raises(UnsupportedError, match="left padding"):
         our_text(attachment, prompt(6), right, past_key_values=session)
-    with pytest.raises(InvalidRequestError, match="hides all"):
-        our_text(attachment, prompt(6), torch.zeros_like(right))
+    with pytest.raises(UnsupportedError, match="hides all"):
+        our_text(attachment, prompt(6), torch.zeros_like(right), past_key_values=session)
 
 
 def test_a_session_is_no_use_to_a_model_it_is_not_attached_to(attachment: Attachment) -> None:

@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import TYPE_CHECKING, Any, Self, cast
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex, cast
 
 import torch
 
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
-from kvhybrid.model.interface import model_number, reading_pages, switch_off, switch_on
-from kvhybrid.model.obstacles import mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
+from kvhybrid.model.interface import (
+    model_number,
+    own_implementation,
+    reading_pages,
+    switch_off,
+    switch_on,
+)
+from kvhybrid.model.obstacles import ASKED_FOR, mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
+from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.passes import GRID, WHOLE, join, narrow, parts, widen
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
@@ -33,8 +42,6 @@ if TYPE_CHECKING:
     from kvhybrid.config import KVCacheConfig
     from kvhybrid.model.routes import Reader
 
-_ATTACHED = "_kvhybrid_attachment"
-
 
 class Attachment:
     """A model bound to a cache. ``route`` says how it reads pages, ``reason`` why."""
@@ -44,15 +51,17 @@ class Attachment:
         self.cache = cache
         self.route = route
         self.reason = reason
-        self.vocab_size = vocab_size(model)
         self.weights = ModelState(model)
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
+        self._plain_forward = plain_forward(model)
         self._parameters = list(inspect.signature(model.forward).parameters)
         self._grid = max(GRID, cache.layout.block_size) if cache.config.reproducible else 0
         self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
+        self._said: set[str] = set()
+        self._passing = threading.local()
         # Set on the object by others (accelerate does), and put back by ``detach``.
-        self._own = {name: model.__dict__[name] for name in ("forward", "generate") if name in model.__dict__}
+        self._own = {name: model.__dict__[name] for name in WRAPPED if name in model.__dict__}
 
     def install(self) -> Self:
         """Put the wrappers in place: not hooks, because some of transformers' loops call ``forward``."""
@@ -60,23 +69,32 @@ class Attachment:
         if self.route is Route.PAGED:
             switch_on(model)
         self.cache.on_session(self.session)
-        setattr(model, _ATTACHED, self)
+        setattr(model, ATTACHED, self)
         # Through __dict__: a wrapper must not become a submodule, and not bind a second time.
-        model.__dict__["forward"] = _wrapper(self._forward, self.forward)
-        model.__dict__["generate"] = _wrapper(self._generate, self.generate)
+        model.__dict__["forward"] = wrapper(self._forward, self.forward)
+        model.__dict__["generate"] = wrapper(self._generate, self.generate)
+        model.__dict__["__deepcopy__"] = self._copy_model
         return self
 
     def detach(self) -> None:
         """Give the model back as it was, and close the cache's sessions. Idempotent."""
-        if self.model.__dict__.get(_ATTACHED) is not self:
+        if self.model.__dict__.get(ATTACHED) is not self:
             return
-        for name in ("forward", "generate"):
+        for name in (*WRAPPED, ATTACHED):
             del self.model.__dict__[name]
         self.model.__dict__.update(self._own)
-        delattr(self.model, _ATTACHED)
         self.cache.on_session(None)
         if self.route is Route.PAGED:
             switch_off(self.model)
+
+    def _copy_model(self, memo: dict[int, Any]) -> PreTrainedModel:
+        """Deep-copy the model as it is without us: our wrappers would run the original for the copy."""
+        own = own_implementation(self.model) if self.route is Route.PAGED else None
+        return plain_copy(self.model, self._own, memo, own)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be pickled, and with this the attached model: pages and locks belong to a process."""
+        raise UnsupportedError("an attached model cannot be pickled: call kvhybrid.detach(model) first")
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +121,7 @@ class Attachment:
             self.cache,
             reader,
             Tenancy(self.weights, self.cache, tenant, model_number(self.model)),
-            vocab_size=self.vocab_size,
+            vocab_size=vocab_size(self.model),  # now: embeddings can be resized
             name=session_id,
             grid=self._grid,
             mixes_rows=mixes_rows(self.model),
@@ -114,9 +132,10 @@ class Attachment:
         """Generate as the model does, with every cached prefix of the prompt reused.
 
         Takes what ``model.generate`` takes. Without ``past_key_values`` the prompt is matched against
-        everything cached; with a session of this cache it continues that session. Other caches,
-        ``use_cache=False`` and whatever a session cannot take (embeddings, images, masks with holes,
-        dropout) pass through untouched; with a session they are a clear error.
+        everything cached; with a session of this cache it continues that session. Other caches and
+        ``use_cache=False`` pass through untouched. So does whatever a session cannot take (embeddings,
+        images, masks with holes, dropout), with one warning for each kind; with a session it is a clear
+        error.
         """
         past = kwargs.get("past_key_values")
         is_ours = isinstance(past, PagedSession) and past.rows.cache is self.cache
@@ -124,21 +143,27 @@ class Attachment:
             return self._generate(inputs, *args, **kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = kwargs.get("generation_config", args[0] if args else None) or self.model.generation_config
-        obstacle = obstacle_to_reuse(self.model, ids, kwargs, config) or self._obstacle_of_adapters()
+        obstacle = (
+            obstacle_to_reuse(self.model, ids, kwargs, config, in_session=is_ours)
+            or self._obstacle_of_adapters()
+        )
         if obstacle is not None and is_ours:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         if obstacle is not None or ids is None:
-            return self._generate(inputs, *args, **kwargs)
+            is_said = obstacle not in ASKED_FOR and (
+                ids is not None or kwargs.get("inputs_embeds") is not None
+            )
+            return self._without(f"it cannot take {obstacle}" if is_said else "", "", inputs, args, kwargs)
         session = past if isinstance(past, PagedSession) else self.session("")
         if self._grid and kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
             kwargs["prefill_chunk_size"] = None  # the grid cuts the prompt, the same for everybody
         with session.rows.in_use():
             try:
                 session.rows.prepare(ids, mask_of(ids, kwargs, config))
-            except UnsupportedError:
+            except UnsupportedError as error:
                 if is_ours:
                     raise
-                return self._generate(inputs, *args, **kwargs)
+                return self._without("it cannot take this attention_mask", f": {error}", inputs, args, kwargs)
             try:
                 return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
             finally:
@@ -149,12 +174,40 @@ class Attachment:
             return "adapters chosen row by row"
         return "an adapter with tokens of its own" if self.weights.has_prompt_tuning else None
 
+    def _without(
+        self,
+        why: str,
+        details: str,
+        inputs: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Generate without the cache, and warn once for every ``why``.
+
+        Calls that transformers makes within such a call (early exit drafts with the model itself) say
+        nothing.
+        """
+        is_within = getattr(self._passing, "on", False)
+        if why and not is_within and why not in self._said:
+            self._said.add(why)
+            warnings.warn(f"generate runs without the cache: {why}{details}", stacklevel=4)
+        self._passing.on = True
+        try:
+            return self._generate(inputs, *args, **kwargs)
+        finally:
+            self._passing.on = is_within
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward pass; one over a session of this cache is a step of that session."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         session = kwargs.get("past_key_values")
         if not isinstance(session, PagedSession):
             return self._forward(**kwargs)
+        return self._step(session, kwargs)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
+    def _step(self, session: PagedSession, kwargs: dict[str, Any]) -> Any:
+        """Run a call of ``forward`` over a session, as plain code: pages cannot be traced."""
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
@@ -211,9 +264,14 @@ class Attachment:
         try:
             self._place(rows, call)
             with reading_pages(rows.reader.reads_pages):
-                output = self._forward(**call)
-        except BaseException:
+                output = self._plain_forward(**call)
+        except BaseException as error:
             rows.finish(success=False)
+            if type(error).__module__.startswith("torch._dynamo"):
+                raise UnsupportedError(
+                    "a part of the model was compiled after attach, and pages cannot be traced: detach and "
+                    "attach again"
+                ) from error
             raise
         rows.finish(success=True)
         return output
@@ -242,16 +300,6 @@ class Attachment:
         return f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {self.cache!r}>"
 
 
-def _wrapper(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function with the signature of ``own`` (transformers looks at it) that calls ``ours``."""
-
-    @functools.wraps(own)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return ours(*args, **kwargs)
-
-    return wrapper
-
-
 def attach(
     model: PreTrainedModel, cache: KVCache | None = None, *, config: KVCacheConfig | None = None
 ) -> Attachment:
@@ -266,8 +314,8 @@ def attach(
     """
     from kvhybrid.model.probe import choose_route
 
-    model = _inside(model)
-    if model.__dict__.get(_ATTACHED) is not None:
+    model = original(model)
+    if model.__dict__.get(ATTACHED) is not None:
         raise ConfigError("the model is attached already: call kvhybrid.detach(model) first")
     if cache is not None and config is not None:
         raise ConfigError("give a cache or a config, not both: a cache has its config")
@@ -281,12 +329,6 @@ def attach(
 
 def detach(model: PreTrainedModel) -> None:
     """Undo ``attach``; a no-op for a model that is not attached."""
-    attachment = _inside(model).__dict__.get(_ATTACHED)
+    attachment = original(model).__dict__.get(ATTACHED)
     if attachment is not None:
         attachment.detach()
-
-
-def _inside(model: Any) -> PreTrainedModel:
-    """Return the transformers model that a peft model wraps, or the model itself."""
-    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner

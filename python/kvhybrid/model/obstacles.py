@@ -43,6 +43,10 @@ SHAPING: Final = (
     "video_",
 )
 
+NO_CACHE: Final = "use_cache=False: it is a cache"
+# Whoever asks for no cache, or for another one, knows that ours is not used.
+ASKED_FOR: Final = (NO_CACHE, "cache_implementation")
+
 
 def drops_out(model: PreTrainedModel) -> bool:
     """Return whether a forward pass now would drop anything at random."""
@@ -68,28 +72,66 @@ def obstacle_to_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | No
     if kwargs.get("input_ids") is None:
         return "a forward pass without input_ids: embeddings hide the tokens"
     for name, value in kwargs.items():
-        if name not in NEUTRAL and value is not None and value is not False:
+        # Models of images get an empty dictionary of encodings from ``generate`` when there is none.
+        is_empty = isinstance(value, dict) and not value
+        if name not in NEUTRAL and value is not None and value is not False and not is_empty:
             return name
+    if (obstacle := _obstacle_in_mask(kwargs.get("attention_mask"))) is not None:
+        return obstacle
     if kwargs.get("use_cache") is False:
-        return "use_cache=False: it is a cache"
+        return NO_CACHE
     return "a model in training mode: dropout would be cached" if drops_out(model) else None
+
+
+def _obstacle_in_mask(mask: Any) -> str | None:
+    if mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 2):
+        return None
+    shape = f"{mask.dim()} dimensions" if isinstance(mask, torch.Tensor) else type(mask).__name__
+    return f"an attention_mask of {shape}: it takes [batch, tokens] only"
 
 
 def obstacle_to_reuse(
-    model: PreTrainedModel, ids: torch.Tensor | None, kwargs: dict[str, Any], config: GenerationConfig
+    model: PreTrainedModel,
+    ids: Any,
+    kwargs: dict[str, Any],
+    config: GenerationConfig,
+    *,
+    in_session: bool,
 ) -> str | None:
-    """Return what of a call to ``generate`` keeps its prompt from being cached, or None."""
+    """Return what of a call to ``generate`` keeps its prompt from being cached, or None.
+
+    ``in_session``: the caller passed a session, and gets what transformers gives with a cache that holds
+    something: hidden states of the tokens computed, not of those that were cached.
+    """
+
+    def option(name: str) -> Any:
+        return kwargs.get(name, getattr(config, name, None))
+
+    if option("use_cache") is False:
+        return NO_CACHE
+    for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
+        if option(name):
+            return name
+    if (obstacle := _obstacle_in_prompt(ids, kwargs, in_session=in_session)) is not None:
+        return obstacle
+    if not in_session and option("output_hidden_states") and option("return_dict_in_generate"):
+        return "output_hidden_states: those of cached tokens are not computed"
+    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+
+
+def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -> str | None:
     if ids is None:
         return "a prompt without token ids: embeddings hide the tokens"
-    for name, value in kwargs.items():
-        if value is not None and name.startswith(SHAPING):
-            return name
-    for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
-        if kwargs.get(name, getattr(config, name, None)):
-            return name
-    if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
-        return "use_cache=False: it is a cache"
-    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+    if not isinstance(ids, torch.Tensor):
+        return f"token ids as {type(ids).__name__}"
+    mask = kwargs.get("attention_mask")
+    if (obstacle := _obstacle_in_mask(mask)) is not None:
+        return obstacle
+    if not in_session and mask is not None and mask.shape != ids.shape:
+        return f"an attention_mask of {list(mask.shape)} for input_ids of {list(ids.shape)}"
+    return next(
+        (name for name, value in kwargs.items() if value is not None and name.startswith(SHAPING)), None
+    )
 
 
 def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> torch.Tensor | None:

@@ -45,7 +45,7 @@ def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[in
     """Return how many columns of left padding each row has.
 
     ``mask``: ``[batch, columns]`` of 0 and 1, or None for no padding. Raises ``UnsupportedError`` for
-    masks that hide anything but a row's beginning, ``InvalidRequestError`` for a row of padding alone.
+    masks that hide anything but a row's beginning, or all of it, ``InvalidRequestError`` for other shapes.
     """
     if mask is None:
         return [0] * batch
@@ -55,13 +55,16 @@ def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[in
         )
     if mask.shape[0] != batch or mask.shape[1] != columns:
         raise InvalidRequestError(f"attention_mask is {list(mask.shape)}, expected [{batch}, {columns}]")
-    seen = mask.detach().cpu().numpy().astype(bool)
+    seen = (mask == 1).cpu().numpy()
     if seen.all():
         return [0] * batch
+    if not (seen | (mask == 0).cpu().numpy()).all():
+        # transformers counts positions by adding these up.
+        raise UnsupportedError("attention_mask holds other values than 0 and 1")
     pads = seen.argmax(axis=1)
     for row, pad in enumerate(pads.tolist()):
         if not seen[row].any():
-            raise InvalidRequestError(f"row {row} is empty: attention_mask hides all of its {columns} tokens")
+            raise UnsupportedError(f"row {row} is empty: attention_mask hides all of its {columns} tokens")
         if not seen[row, pad:].all():
             raise UnsupportedError(
                 f"row {row}: attention_mask hides tokens after position {pad}; a session takes left padding "
