@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from transformers import PreTrainedModel
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Values of each weight that are compared before every prompt.
 SAMPLES = 8
+# Where the hooks are made that stay on a model once it was asked for hidden states; they only look.
+COLLECTING: Final = "transformers.utils.output_capturing"
 
 
 class ModelState:
@@ -175,12 +177,17 @@ def _tuners(model: torch.nn.Module) -> Iterator[Any]:
 
 def _hooks(model: torch.nn.Module) -> str:
     """Name every hook that may change what flows through the model; torch never gives a number twice."""
-    hooked = [
-        (index, *module._forward_pre_hooks, -1, *module._forward_hooks)
-        for index, module in enumerate(model.modules())
-        if module._forward_pre_hooks or module._forward_hooks
-    ]
+    hooked = []
+    for index, module in enumerate(model.modules()):
+        before, behind = _changing(module._forward_pre_hooks), _changing(module._forward_hooks)
+        if before or behind:
+            hooked.append((index, *before, -1, *behind))
     return f"hooks {hooked}" if hooked else ""
+
+
+def _changing(hooks: Mapping[int, object]) -> list[int]:
+    """Return the numbers of hooks, less those by which transformers collects hidden states."""
+    return [number for number, hook in hooks.items() if getattr(hook, "__module__", "") != COLLECTING]
 
 
 def _autocast() -> str:
