@@ -148,7 +148,7 @@ def layer(key, value=None):
         ([layer((1, 2, 3, 4), (1, 2, 2, 4))], UnsupportedError, "layer 0"),
         ([layer((1, 2, 9, 4))], UnsupportedError, "layer 0 keeps K of 9 tokens for 3"),
         ([SimpleNamespace(keys=None, values=None)], LayoutError, "any of its 1 layers"),
-        (None, LayoutError, "no K and V by layer"),
+        (None, LayoutError, "without K and V by layer"),
     ],
 )
 def test_what_does_not_look_like_k_and_v_is_refused_by_layer(layers, error, match, monkeypatch):

@@ -48,11 +48,13 @@ def measure_layers(model: PreTrainedModel) -> MeasuredLayers:
     if model.config.is_encoder_decoder:
         raise UnsupportedError(f"{name} is an encoder-decoder model: only decoders are served")
     kept = _run(model, name)
+    kept = getattr(kept, "self_attention_cache", kept)  # decoders that could have an encoder have two
     layers = getattr(kept, "layers", None)
     kinds = layer_kinds(model.config)
     if not isinstance(layers, list):
         _refuse_states(kept, name, kinds)
-        raise LayoutError(f"{name} keeps a {type(kept).__name__} and no K and V by layer: it has no KV cache")
+        found = "nothing of a text" if kept is None else f"a {type(kept).__name__} without K and V by layer"
+        raise LayoutError(f"{name} keeps {found}: it has no KV cache")
     for index, layer in enumerate(layers):
         for attribute, words in STATES.items():
             if _has_tensors(getattr(layer, attribute, None)):

@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
+from kvhybrid.model.masks import current_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -149,6 +150,8 @@ def paged_attention_forward(
     ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, head_dim]`` and None.
     """
     if not isinstance(key, PageHandle):
+        if (trace := current_trace()) is not None:
+            trace.attended(module, attention_mask, sliding_window)
         output, weights = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
@@ -168,4 +171,6 @@ def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     if getattr(_thread, "paged", False):
         return None
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    if (trace := current_trace()) is not None:
+        trace.made(mask, kwargs.get("mask_function"))
     return mask

@@ -13,18 +13,16 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid._core import Batch, CapacityError
-from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.cache.step import Step
-from kvhybrid.config import KVCacheConfig
-from kvhybrid.errors import LayoutError, UnsupportedError
-from kvhybrid.model.interface import own_implementation
+from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.padding import vocab_size
-from kvhybrid.model.probe import difference, refuse
+from kvhybrid.model.probe import difference, obstacle_to_paging, own_logits, reason, refuse, trial_cache
 from kvhybrid.model.runner import Packing, Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.layout import KVLayout
 
 # New tokens of the two texts, step by step.
@@ -48,18 +46,14 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout, *, alone: bool = Fa
 
 
 def _choose(model: PreTrainedModel, layout: KVLayout, *, alone: bool) -> tuple[Packing, str]:
+    own_logits(model, layout)  # or it is refused
     vocab = vocab_size(model)
     lengths = [sum(counts) for counts in zip(*STEPS, strict=True)]
     texts = [(np.arange(n) * (7 + 4 * row) + 3 + row) % vocab for row, n in enumerate(lengths)]
     expected = torch.cat(_own_logits(model, texts))
-    implementation = own_implementation(model)
-    if alone:
-        problem = "every row is computed alone"
-    elif implementation != "sdpa":
-        problem = f"its attention implementation is {implementation!r}, packed rows need 'sdpa'"
-    elif (found := _try(model, layout, Packing.RAGGED, texts, expected)) is not None:
-        problem = found
-    else:
+    problem = "every row is computed alone" if alone else obstacle_to_paging(model)
+    problem = problem or _try(model, layout, Packing.RAGGED, texts, expected)
+    if problem is None:
         return Packing.RAGGED, "packed rows give the model's own logits"
     worse = _try(model, layout, Packing.ROWWISE, texts, expected)
     if worse is None:
@@ -90,30 +84,14 @@ def _try(
     expected: torch.Tensor,
 ) -> str | None:
     """Run the texts in ``packing``; return what is wrong with it, or None."""
-    pages = sum(-(-len(text) // layout.block_size) for text in texts)
-    config = KVCacheConfig(
-        max_tokens=pages * layout.block_size,
-        max_memory_mb=None,
-        block_size=layout.block_size,
-        dtype=layout.dtype,
-        _env_file=None,
-    )
-    cache = KVCache(config, layout=layout, device=model.device)
+    cache = trial_cache(model, layout, [len(text) for text in texts])
     runner = Runner(model, cache.storage, packing)
     try:
         found = torch.cat(_packed_logits(runner, cache, texts))
     except CapacityError:
         raise
-    except (
-        LayoutError,
-        UnsupportedError,
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-    ) as error:
-        return f"{type(error).__name__}: {error}"
+    except Exception as error:  # noqa: BLE001  # whatever a model raises, it is the reason not to pack so
+        return reason(error)
     finally:
         runner.close()
     return difference(found, expected, layout)

@@ -1,34 +1,39 @@
 """The probe: which route serves this model, found by running it on a few tokens.
 
-Both routes are tried against the model's own cache, on a left-padded batch, over a prefill, a step of
-several tokens and a step of one: a model that touches K and V between cache and attention, or whose
-attention needs more than we compute, shows here and not in a user's text.
+Both routes are tried on a left-padded batch, over a prefill, a step of several tokens and two of one, and
+must give what the model gives through its own cache and, in one pass, without any: a model that touches K
+and V between cache and attention, whose attention needs more than we compute, or whose own cache changes
+its text, shows here and not in a user's.
 """
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid.cache.kv_cache import KVCache
+from kvhybrid.cache.measured import measure_layers
 from kvhybrid.config import KVCacheConfig
-from kvhybrid.errors import LayoutError, UnsupportedError
-from kvhybrid.model.interface import own_implementation
+from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
+from kvhybrid.model.interface import own_implementation, switch_off, switch_on
+from kvhybrid.model.masks import obstacle_to_pages
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
     from kvhybrid.layout import KVLayout
 
-# Columns of the probe's forward passes: a prefill, several tokens behind it, then one.
-STEPS = (11, 5, 1)
+# Columns of the probe's forward passes: a prefill, several tokens behind it, then one by one.
+STEPS = (19, 9, 1, 1)
 PADDING = 3
 # Rotary embeddings that change with the length of the text, and with them the keys of the same tokens.
 REGIMES = ("dynamic", "longrope")
@@ -36,17 +41,42 @@ REGIMES = ("dynamic", "longrope")
 TOLERANCE = {"float32": 2e-3, "float16": 4e-2, "bfloat16": 8e-2}
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What became of one route: the ``difference`` of logits, what is ``allowed``, and what is wrong."""
+
+    route: Route
+    difference: float | None
+    allowed: float
+    problem: str | None
+
+
 def choose_route(model: PreTrainedModel, layout: KVLayout) -> tuple[Route, str]:
     """Return the fastest route that gives the model's own logits, and why it was chosen.
 
     Raises ``UnsupportedError`` with both reasons when neither does.
+    """
+    trials = try_routes(model, layout)
+    last = trials[-1]
+    if last.problem is None:
+        before = [trial.problem for trial in trials[:-1] if trial.problem is not None]
+        return last.route, before[0] if before else "attention over pages gives the model's own logits"
+    reasons = "; ".join(f"{trial.route}: {trial.problem}" for trial in trials)
+    raise UnsupportedError(f"{type(model).__name__}: {reasons}")
+
+
+def try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
+    """Try the routes, the fastest first, up to the first without a problem, and return what was found.
+
+    Raises ``UnsupportedError`` for a model whose own logits are no measure: that cannot be run in steps,
+    or is refused for its kind.
     """
     refuse(model)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return _choose(model, layout)
+            return _try_routes(model, layout)
     finally:
         model.train(was_training)
 
@@ -74,72 +104,133 @@ def _rope_type(config: Any) -> str | None:
     return next((kind for kind in types if kind in REGIMES), None)
 
 
-def _choose(model: PreTrainedModel, layout: KVLayout) -> tuple[Route, str]:
-    expected = _logits(model, DynamicCache(config=model.config))
-    implementation = own_implementation(model)
-    if implementation == "sdpa":
-        problem = _try(model, layout, Route.PAGED, expected)
+def own_logits(model: PreTrainedModel, layout: KVLayout) -> torch.Tensor:
+    """Return the model's logits of the probe's text through its own cache, zeros for padding.
+
+    Raises ``UnsupportedError`` when it cannot be run so, or when its own cache changes what it says.
+    """
+    name = type(model).__name__
+    try:
+        expected = _logits(model, DynamicCache(config=model.config))
+        alone = _logits(model, None, (sum(STEPS),))
+    except Exception as error:  # whatever a model raises, the reason it is refused is that it does
+        raise UnsupportedError(
+            f"{name} cannot be run step by step over transformers' DynamicCache: {reason(error)}"
+        ) from error
+    differences = (expected - alone).abs().amax(-1)[:, STEPS[0] :]
+    # In halves another order of summing can send a token to another expert: few tokens of a row then
+    # differ by much, and that is no fault of the cache.
+    off = float(differences.max() if layout.dtype == "float32" else differences.median(-1).values.max())
+    if not off <= (allowed := allowance(expected, layout)):
+        raise UnsupportedError(
+            f"{name} gives other logits through its own cache than without one: they differ by {off:.2g}, "
+            f"{allowed:.2g} is allowed"
+        )
+    return expected
+
+
+def _try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
+    expected = own_logits(model, layout)
+    trials = []
+    for route in (Route.PAGED, Route.MATERIALISED):
+        problem = obstacle_to_paging(model) if route is Route.PAGED else None
+        found = None
         if problem is None:
-            return Route.PAGED, "attention over pages gives the model's own logits"
-    else:
-        problem = f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"
-    worse = _try(model, layout, Route.MATERIALISED, expected)
-    if worse is None:
-        return Route.MATERIALISED, problem
-    raise UnsupportedError(f"{type(model).__name__}: paged: {problem}; materialised: {worse}")
+            found = _try(model, layout, route)
+            problem = found if isinstance(found, str) else difference(found, expected, layout)
+        off = float((found - expected).abs().max()) if isinstance(found, torch.Tensor) else None
+        trials.append(Trial(route, off, allowance(expected, layout), problem))
+        if problem is None:
+            break
+    return trials
 
 
-def _try(model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch.Tensor) -> str | None:
-    """Run the probe over ``route``; return what is wrong with it, or None."""
+def obstacle_to_paging(model: PreTrainedModel) -> str | None:
+    """Return what keeps a model from attending over pages at any length of text, or None."""
+    implementation = own_implementation(model)
+    if implementation != "sdpa":
+        return f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"
+    switch_on(model)
+    try:
+        return obstacle_to_pages(model)
+    finally:
+        switch_off(model)
+
+
+def _try(model: PreTrainedModel, layout: KVLayout, route: Route) -> torch.Tensor | str:
+    """Run the probe over ``route``; return the logits, or what is wrong."""
     from kvhybrid.model.attach import Attachment
 
-    needed = 2 * layout.block_size * -(-sum(STEPS) // layout.block_size)
+    cache = trial_cache(model, layout, [sum(STEPS)] * 2)
+    attachment = Attachment(model, cache, route, "probe").install()
+    try:
+        return _logits(model, cache.session("probe"))
+    except CapacityError:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever a model raises, it is the reason not to
+        return reason(error)
+    finally:
+        attachment.detach()
+
+
+def trial_cache(model: PreTrainedModel, layout: KVLayout, lengths: Sequence[int]) -> KVCache:
+    """Return a cache with room for texts of these lengths, its pages where the model keeps K and V."""
+    pages = sum(-(-length // layout.block_size) for length in lengths)
     config = KVCacheConfig(
-        max_tokens=needed,
+        max_tokens=pages * layout.block_size,
         max_memory_mb=None,
         block_size=layout.block_size,
         dtype=layout.dtype,
         _env_file=None,
     )
-    cache = KVCache(config, layout=layout, device=model.device)
-    attachment = Attachment(model, cache, route, "probe").install()
-    try:
-        found = _logits(model, cache.session("probe"))
-    except (LayoutError, UnsupportedError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    finally:
-        attachment.detach()
-    return difference(found, expected, layout)
+    devices = measure_layers(model).devices
+    if len(devices) != layout.num_layers:
+        raise LayoutError(
+            f"{type(model).__name__} keeps K and V of {len(devices)} layers, the layout has "
+            f"{layout.num_layers}"
+        )
+    return KVCache(config, layout=layout, device=devices[0], devices=devices)
+
+
+def reason(error: Exception) -> str:
+    """Return an error as part of a sentence."""
+    return f"{type(error).__name__}: {error}"
+
+
+def allowance(expected: torch.Tensor, layout: KVLayout) -> float:
+    """Return the largest difference of logits that another order of summing explains."""
+    return TOLERANCE[layout.dtype] * float(expected.std())
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) -> str | None:
     """Return by how much logits differ when that is more than another order of summing explains, or None."""
-    allowed = TOLERANCE[layout.dtype] * float(expected.std())
+    allowed = allowance(expected, layout)
     off = float((found - expected).abs().max())
     # Not "off > allowed": NaN must be a difference, too.
     return None if off <= allowed else f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
 
 
-def _logits(model: PreTrainedModel, cache: Cache) -> torch.Tensor:
-    """Run the probe's text through ``model`` and return the real tokens' logits, ``[tokens, vocab]``."""
+def _logits(model: PreTrainedModel, cache: Cache | None, steps: tuple[int, ...] = STEPS) -> torch.Tensor:
+    """Run the probe's text through ``model``; return its logits ``[2, tokens, vocab]``, zeros for padding."""
     total = sum(STEPS)
     vocab = vocab_size(model)
     ids = ((torch.arange(2 * total) * 7 + 3) % vocab).view(2, total).to(model.device)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    # Models that count positions themselves (BLOOM) have no such argument.
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     kept, done = [], 0
     forward: Callable[..., object] = model
-    for width in STEPS:
+    for width in steps:
         stop = done + width
         output = forward(
             input_ids=ids[:, done:stop],
             attention_mask=mask[:, :stop],
-            position_ids=positions[:, done:stop],
             past_key_values=cache,
-            use_cache=True,
+            use_cache=cache is not None,
+            **({"position_ids": positions[:, done:stop]} if takes_positions else {}),
         )
-        logits = output.logits.float()  # type: ignore[attr-defined]  # a ModelOutput, whatever the model
-        kept.append(logits[mask[:, done:stop].bool()])
+        kept.append(output.logits.float())  # type: ignore[attr-defined]  # a ModelOutput, whatever the model
         done = stop
-    return torch.cat(kept)
+    return torch.cat(kept, dim=1).masked_fill(mask[:, :, None] == 0, 0.0)

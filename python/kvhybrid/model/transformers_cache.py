@@ -212,6 +212,12 @@ class LayerView:
         self._session, self._index = session, index
 
     @property
+    def is_initialized(self) -> bool:
+        """True once the layer holds anything; never, for one that keeps no K and V."""
+        rows = self._session.rows
+        return rows.columns > 0 and rows.cache.layout.layers[self._index] is not None
+
+    @property
     def keys(self) -> torch.Tensor:
         """K of this layer, ``[batch, num_kv_heads, columns, head_dim]``."""
         return self._session.rows.materialise(self._index)[0]

@@ -1,0 +1,101 @@
+"""The probe's decisions, and the models whose own logits are no measure."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import make_model
+
+import kvhybrid
+from kvhybrid import KVCache, KVCacheConfig, LayoutError, UnsupportedError
+from kvhybrid.cache.measured import measure_layers
+from kvhybrid.layout import KVLayout
+from kvhybrid.model.packing import choose_packing
+from kvhybrid.model.probe import STEPS, choose_route, try_routes
+from kvhybrid.model.routes import Route
+
+
+def layout_of(model: torch.nn.Module) -> KVLayout:
+    return KVCache.for_model(model, KVCacheConfig(max_tokens=64, block_size=16)).layout
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_route_is_chosen_by_what_was_measured(dtype: torch.dtype) -> None:
+    model = make_model("mistral-window", dtype=dtype)
+    (trial,) = try_routes(model, layout_of(model))
+    assert trial.route is Route.PAGED
+    assert trial.problem is None
+    assert trial.difference is not None
+    assert 0 <= trial.difference <= trial.allowed
+
+
+def test_small_windows_end_inside_the_probes_text() -> None:
+    assert sum(STEPS) > 24
+    assert STEPS[0] > 16
+
+
+def test_another_attention_implementation_is_materialised() -> None:
+    model = make_model("llama")
+    model.set_attn_implementation("eager")
+    trials = try_routes(model, layout_of(model))
+    assert [trial.route for trial in trials] == list(Route)
+    assert trials[0].difference is None
+    assert choose_route(model, layout_of(model)) == (
+        Route.MATERIALISED,
+        "its attention implementation is 'eager', the paged route replaces 'sdpa'",
+    )
+
+
+@pytest.mark.parametrize("choose", [choose_route, choose_packing])
+def test_a_model_whose_own_cache_changes_its_text_is_refused(choose, monkeypatch) -> None:
+    model = make_model("llama")
+    layout, forward = layout_of(model), model.forward
+
+    def confused(**kwargs):
+        output = forward(**kwargs)
+        if kwargs.get("past_key_values") is not None and kwargs["input_ids"].shape[1] == 1:
+            output.logits = output.logits * 2 + 1
+        return output
+
+    confused.__signature__ = inspect.signature(forward)
+    monkeypatch.setattr(model, "forward", confused)
+    with pytest.raises(UnsupportedError, match=r"its own cache than without one: they differ by \d"):
+        choose(model, layout)
+
+
+@pytest.mark.parametrize("choose", [choose_route, choose_packing])
+def test_a_model_that_cannot_go_on_from_a_cache_is_refused_with_its_reason(choose, monkeypatch) -> None:
+    model = make_model("llama")
+    layout, forward = layout_of(model), model.forward
+
+    def fail(**kwargs):
+        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+            raise AssertionError("one text, one pass")
+        return forward(**kwargs)
+
+    monkeypatch.setattr(model, "forward", fail)
+    with pytest.raises(UnsupportedError, match=r"step by step .*: AssertionError: one text, one pass"):
+        choose(model, layout)
+
+
+def test_a_cache_laid_out_for_other_layers_is_refused() -> None:
+    model = make_model("llama")
+    for change in ({"num_layers": 2}, {"num_kv_heads": 3}):
+        layout = KVLayout(**{"num_layers": 3, "num_kv_heads": 2, "head_dim": 8, "block_size": 16, **change})
+        with pytest.raises((LayoutError, UnsupportedError), match=r"layout (has 2|says 3)"):
+            kvhybrid.attach(model, KVCache(KVCacheConfig(max_tokens=512, block_size=16), layout=layout))
+
+
+def test_a_layer_on_another_device_has_its_pages_there(monkeypatch) -> None:
+    model = make_model("llama")
+    past = model(torch.arange(3)[None], use_cache=True).past_key_values
+    last = past.layers[-1]
+    last.keys, last.values = last.keys.to("meta"), last.values.to("meta")
+    output = SimpleNamespace(past_key_values=past)
+    monkeypatch.setattr(model, "forward", lambda **kwargs: output)
+    assert [device.type for device in measure_layers(model).devices] == ["cpu", "cpu", "meta"]
+    storage = KVCache.for_model(model, KVCacheConfig(max_tokens=64, block_size=16)).storage
+    assert [pages.device.type for pages in storage.keys] == ["cpu", "cpu", "meta"]
