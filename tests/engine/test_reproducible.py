@@ -10,7 +10,7 @@ from kvhybrid.engine import intake
 from kvhybrid.engine.lane import Lane
 
 GRID = 16
-NEW = 6
+NEW = 20
 
 
 @pytest.fixture
