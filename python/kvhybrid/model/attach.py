@@ -102,6 +102,11 @@ class Attachment:
     def __exit__(self, *exc_info: object) -> None:
         self.detach()
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model has embeddings for, as of now: embeddings can be resized."""
+        return vocab_size(self.model)
+
     def weights_changed(self) -> None:
         """Say that the weights are others now, so that nothing computed with the old ones is found.
 
@@ -121,7 +126,7 @@ class Attachment:
             self.cache,
             reader,
             Tenancy(self.weights, self.cache, tenant, model_number(self.model)),
-            vocab_size=vocab_size(self.model),  # now: embeddings can be resized
+            vocab_size=self.vocab_size,
             name=session_id,
             grid=self._grid,
             mixes_rows=mixes_rows(self.model),
