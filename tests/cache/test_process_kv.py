@@ -14,6 +14,7 @@ from kvhybrid import (
     KVLayout,
     LayoutError,
 )
+from kvhybrid.layout import LayerShape
 
 LAYERS, HEADS, WIDTH, VALUE_WIDTH = 2, 3, 4, 6
 
@@ -405,3 +406,22 @@ def test_a_models_session_of_the_same_name_is_another_and_dropped_with_it():
     assert cache.drop_session("a") is True
     assert session.closed == 2
     assert cache.get_stats()["sessions"] == 0
+
+
+def test_layers_may_differ_and_one_that_keeps_nothing_takes_nothing():
+    shapes = [
+        LayerShape(num_kv_heads=2, head_dim=8, value_head_dim=4),
+        None,
+        LayerShape(num_kv_heads=1, head_dim=3, value_head_dim=5),
+    ]
+    cache = KVCache(
+        KVCacheConfig(max_tokens=64, block_size=4, _env_file=None),
+        layout=KVLayout.of_layers(shapes, block_size=4),
+    )
+    for layer, heads, width, value_width in ((2, 1, 3, 5), (0, 2, 8, 4)):
+        part = torch.randn(1, heads, 7, width), torch.randn(1, heads, 7, value_width)
+        *found, metadata = cache.process_kv(*part, layer_idx=layer)
+        assert same(found, part)
+        assert metadata["bytes"] == 7 * heads * (width + value_width) * 4
+    with pytest.raises(LayoutError, match="layer 1 keeps no K and V"):
+        cache.process_kv(*part, layer_idx=1)
