@@ -36,6 +36,7 @@ PROMISED = {
 WRONG = {
     "max_tokens": (0, "2147483647"),
     "max_memory_mb": (0, "above 0"),
+    "state_memory_mb": (0, "above 0"),
     "cache_strategy": ("lfu", "adaptive"),
     "block_size": (48, "power of two"),
     "dtype": ("int8", "bfloat16"),
@@ -287,6 +288,7 @@ valid_values = st.fixed_dictionaries(
     optional={
         "max_tokens": st.integers(1024, 2**31 - 1),
         "max_memory_mb": st.none() | st.floats(0.01, 2**30),
+        "state_memory_mb": st.none() | st.floats(0.01, 2**30),
         "block_size": st.integers(0, 10).map(lambda n: 2**n),
         "dtype": st.sampled_from([None, "float16", "bfloat16", "float32"]),
         "enable_gc": st.booleans(),

@@ -108,6 +108,10 @@ class KVCacheConfig(BaseSettings):
 
     What attention gathers into while texts run comes on top: see ``buffer_bytes`` in ``get_stats``."""
 
+    state_memory_mb: Budget = None
+    """The part of it for states that layers keep instead of K and V. None: a quarter of ``max_memory_mb``;
+    without that, as many bytes as the pages take."""
+
     cache_strategy: Annotated[CacheStrategy, BeforeValidator(_lower)] = CacheStrategy.LRU
     """Who leaves first when room is needed."""
 

@@ -80,6 +80,8 @@ class KVLayout:
     block_size: int = 64
     shapes: tuple[LayerShape | None, ...] = ()
     """One a layer, None for layers that keep no K and V; empty while all layers are alike."""
+    state_bytes: int = 0
+    """Bytes that layers keep of a whole text, however long, instead of K and V or beside them."""
 
     def __post_init__(self) -> None:
         try:
@@ -88,6 +90,8 @@ class KVLayout:
             raise LayoutError(str(error)) from None
         _check_positive("num_layers", self.num_layers)
         _check_positive("block_size", self.block_size)
+        if type(self.state_bytes) is not int or self.state_bytes < 0:
+            raise LayoutError(f"state_bytes={self.state_bytes!r}: must be an integer of at least 0")
         if self.shapes:
             self._check_shapes()
         else:
@@ -111,7 +115,12 @@ class KVLayout:
 
     @classmethod
     def of_layers(
-        cls, shapes: "Sequence[LayerShape | None]", *, dtype: object = "float32", block_size: int = 64
+        cls,
+        shapes: "Sequence[LayerShape | None]",
+        *,
+        dtype: object = "float32",
+        block_size: int = 64,
+        state_bytes: int = 0,
     ) -> Self:
         """Return the layout of layers that may differ; None stands for a layer that keeps no K and V.
 
@@ -129,6 +138,7 @@ class KVLayout:
             dtype=str(dtype),
             block_size=block_size,
             shapes=() if is_uniform else tuple(shapes),
+            state_bytes=state_bytes,
         )
 
     @classmethod
@@ -186,11 +196,13 @@ class KVLayout:
     @property
     def fingerprint(self) -> str:
         """A digest that is equal exactly when two layouts are, on every machine and in every version."""
-        names = [field.name for field in fields(self) if field.name != "shapes"]
+        names = [field.name for field in fields(self) if field.name not in ("shapes", "state_bytes")]
         text = ",".join(f"{name}={getattr(self, name)}" for name in names)
         for index, shape in enumerate(self.shapes):
             kept = "none" if shape is None else ",".join(map(str, astuple(shape)))
             text += f",layer {index}={kept}"
+        if self.state_bytes:
+            text += f",state_bytes={self.state_bytes}"
         return sha256(f"kvhybrid layout 1: {text}".encode()).hexdigest()[:32]
 
     def num_pages(self, max_tokens: int, max_memory_mb: float | None = None) -> int:

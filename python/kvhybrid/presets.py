@@ -32,6 +32,7 @@ class ConfigValues(TypedDict, total=False):
 
     max_tokens: int
     max_memory_mb: float | None
+    state_memory_mb: float | None
     cache_strategy: "CacheStrategy | Literal['lru', 'paged', 'adaptive']"
     block_size: int
     dtype: "torch.dtype | str | None"

@@ -12,9 +12,12 @@ from transformers import (
     JambaConfig,
     Lfm2Config,
     MambaConfig,
+    MiniMaxConfig,
     Qwen3NextConfig,
+    RecurrentGemmaConfig,
     T5Config,
     T5ForConditionalGeneration,
+    cache_utils,
 )
 
 from kvhybrid import KVCache, KVCacheConfig, KVLayout, LayoutError, UnsupportedError
@@ -115,10 +118,15 @@ HYBRID = {
 
 
 @pytest.mark.parametrize("kind", HYBRID)
-def test_a_layer_with_a_state_is_refused_by_number_and_kind(kind):
+def test_a_layer_with_a_state_is_measured_or_refused_by_number_and_kind(kind):
     config, values = HYBRID[kind]
     made = config(**{**SMALL, **values})
     made.use_mamba_kernels = False  # or transformers 4 asks for a GPU
+    if hasattr(cache_utils, "LinearAttentionCacheLayerMixin"):
+        measured = measure_layers(make(made))
+        assert [shape is None for shape in measured.shapes] == [False, True]
+        assert measured.state_bytes == {"conv": 576, "linear_attention": 1280, "mamba": 3072}[kind]
+        return
     with pytest.raises(UnsupportedError, match=rf"layer 1 \(({kind}|linear_attention)\) keeps a .*state"):
         measure_layers(make(made))
 
@@ -130,6 +138,22 @@ def test_models_without_k_and_v_are_refused():
     both = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=4, num_layers=1, num_heads=4))
     with pytest.raises(UnsupportedError, match="encoder-decoder"):
         measure_layers(both)
+
+
+@pytest.mark.skipif(
+    not hasattr(cache_utils, "LinearAttentionCacheLayerMixin"), reason="transformers 4 refuses all of them"
+)
+@pytest.mark.parametrize(
+    ("config", "values", "layer"),
+    [
+        (MiniMaxConfig, {"head_dim": 12, "num_local_experts": 2}, r"layer 1 \(linear_attention\)"),
+        (RecurrentGemmaConfig, {"block_types": ("recurrent", "attention")}, r"layer 0 \(linear_attention\)"),
+    ],
+)
+def test_a_state_in_a_place_of_its_models_own_is_refused_by_number_and_kind(config, values, layer):
+    made = config(**{**SMALL, "num_hidden_layers": 2, **values})
+    with pytest.raises(UnsupportedError, match=layer):
+        measure_layers(make(made))
 
 
 def kept(model, monkeypatch, past):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from kvhybrid.cache.memory import device_bytes, is_out_of_memory
 from kvhybrid.cache.pages import PageStorage
+from kvhybrid.cache.states import PageStates, divide
 from kvhybrid.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def make_storage(
     Raises ``ConfigError`` for a budget that holds no page, or whose pages are more than a device has, and
     ``OutOfMemoryError`` when a device has them and does not give them.
     """
-    num_pages = layout.num_pages(config.max_tokens, config.max_memory_mb)
+    num_pages, state_capacity = divide(config, layout)
     budget = f"max_tokens={config.max_tokens}, max_memory_mb={config.max_memory_mb}: the pages take"
     needed: Counter[torch.device] = Counter()
     for index in layout.kept_layers:
@@ -45,7 +46,7 @@ def make_storage(
             raise ConfigError(f"{budget} {size / 2**20:.0f} MiB on {where}, which has {has / 2**20:.0f}")
     pin_memory, non_blocking = config.host_copies(device.type)
     try:
-        return PageStorage(
+        storage = PageStorage(
             layout, num_pages, device, devices=devices, pin_memory=pin_memory, non_blocking=non_blocking
         )
     except (MemoryError, RuntimeError) as error:
@@ -53,3 +54,6 @@ def make_storage(
             raise
         total = sum(needed.values())
         raise OutOfMemoryError(f"{budget} {total / 2**20:.0f} MiB, and there is no room: {error}") from error
+    if layout.state_bytes:
+        storage.states = PageStates(state_capacity)
+    return storage

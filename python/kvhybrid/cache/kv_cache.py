@@ -89,7 +89,9 @@ class KVCache:
         config = config if config is not None else KVCacheConfig()
         measured = measure_layers(model)
         dtype = config.dtype if config.dtype is not None else measured.dtype
-        layout = KVLayout.of_layers(measured.shapes, dtype=dtype, block_size=config.block_size)
+        layout = KVLayout.of_layers(
+            measured.shapes, dtype=dtype, block_size=config.block_size, state_bytes=measured.state_bytes
+        )
         return cls(config, layout=layout, device=measured.devices[0], devices=measured.devices)
 
     def namespace(self, *parts: str) -> int:
@@ -211,6 +213,8 @@ class KVCache:
         in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say. ``capacity_bytes`` never exceeds
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
+        Of models with layers that keep a state: ``states`` held, ``state_bytes`` within
+        ``state_capacity_bytes``, ``restored_states`` and ``evicted_states``.
         """
         counters = self.pool.statistics()
         used = counters["num_pages"] - counters["free_pages"]
@@ -230,10 +234,13 @@ class KVCache:
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,
+            **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
 
     def clear(self) -> int:
         """Evict every page that nobody holds and return how many left."""
+        if self.storage.states is not None:
+            self.storage.states.clear()
         evicted = self.pool.evict(self.pool.num_pages)
         with self._lock:
             self._cleared_pages += evicted

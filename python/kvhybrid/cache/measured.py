@@ -27,6 +27,8 @@ STATES = {
     "ssm_states": "a recurrent state",
     "indexer_keys": "an index of its own over the tokens",
 }
+# Of these in layers that let it be taken out and put back (``LinearAttentionLayer`` of transformers).
+TAKEN = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class MeasuredLayers:
     shapes: list[LayerShape | None]
     devices: list[torch.device]
     dtype: torch.dtype
+    state_bytes: int = 0
+    """Bytes of what layers keep of a whole text in a form that can be taken out and put back."""
 
 
 def measure_layers(model: PreTrainedModel) -> MeasuredLayers:
@@ -55,18 +59,33 @@ def measure_layers(model: PreTrainedModel) -> MeasuredLayers:
         _refuse_states(kept, name, kinds)
         found = "nothing of a text" if kept is None else f"a {type(kept).__name__} without K and V by layer"
         raise LayoutError(f"{name} keeps {found}: it has no KV cache")
+    state_bytes = 0
     for index, layer in enumerate(layers):
         for attribute, words in STATES.items():
-            if _has_tensors(getattr(layer, attribute, None)):
+            state = getattr(layer, attribute, None)
+            if not _has_tensors(state):
+                continue
+            if (
+                attribute not in TAKEN
+                or not isinstance(state, dict)
+                or not hasattr(layer, "has_previous_state")
+            ):
                 raise UnsupportedError(_refusal(name, index, kinds, words))
+            state_bytes += sum(part.nbytes for part in state.values() if part is not None)
+    if (state := getattr(kept, "linear_cache", None)) is not None and _has_tensors(state):
+        index = next(index for index, part in enumerate(state) if _has_tensors(part))
+        raise UnsupportedError(_refusal(name, index, kinds, "a recurrent state in a list of its model's own"))
     pairs = [_pair(layer, index, name) for index, layer in enumerate(layers)]
     first = next((pair[0] for pair in pairs if pair is not None), None)
     if first is None:
+        if state_bytes:
+            raise UnsupportedError(_refusal(name, 0, kinds, STATES["recurrent_states"]))
         raise LayoutError(f"{name} keeps no K and V in any of its {len(layers)} layers: it has no KV cache")
     return MeasuredLayers(
         [_shape(*pair) if pair is not None else None for pair in pairs],
         [pair[0].device if pair is not None else first.device for pair in pairs],
         first.dtype,
+        state_bytes,
     )
 
 

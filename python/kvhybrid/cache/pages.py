@@ -18,6 +18,7 @@ from kvhybrid.errors import LayoutError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from kvhybrid.cache.states import PageStates
     from kvhybrid.layout import KVLayout
 
 
@@ -52,6 +53,8 @@ class PageStorage:
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
+        self.states: PageStates | None = None
+        """States behind these pages, for models with layers that keep one; set by ``KVCache``."""
         # Of one layer's keys; where layers differ, of one with the mean of their widths.
         self.page_bytes = layout.bytes_per_page // (2 * len(layout.kept_layers))
         self.keys: list[torch.Tensor] = []

@@ -81,6 +81,9 @@ class Step:
         slots = np.empty(plan.num_tokens, np.int32)
         lengths = np.empty((rows, 2), np.int32)
         plan.fill(tables, slots, lengths)
+        if storage.states is not None:
+            # What these pages held, and the text that led up to it, is gone from here on.
+            storage.states.drop(np.unique(slots // storage.block_size).tolist())
         storage.copy_pages(plan.copies)
         ids = torch.from_numpy(tables).long()
         spans, column = [], 0

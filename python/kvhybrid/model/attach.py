@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex, cast
 import torch
 
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.errors import ConfigError, UnsupportedError
+from kvhybrid.errors import ConfigError, LayoutError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import (
     model_number,
@@ -25,12 +25,14 @@ from kvhybrid.model.interface import (
     switch_off,
     switch_on,
 )
+from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
 from kvhybrid.model.obstacles import ASKED_FOR, mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
 from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.passes import GRID, WHOLE, join, narrow, parts, widen
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
+from kvhybrid.model.session_states import SessionStates
 from kvhybrid.model.transformers_cache import PagedSession
 from kvhybrid.model.weights import ModelState, Tenancy
 
@@ -56,6 +58,13 @@ class Attachment:
         self._forward: Callable[..., Any] = model.forward
         self._plain_forward = plain_forward(model)
         self._parameters = list(inspect.signature(model.forward).parameters)
+        self._state_layers = state_layers(model.config)
+        if bool(self._state_layers) != bool(cache.layout.state_bytes):
+            kept = name_layers(model.config, self._state_layers) or "no layer"
+            raise LayoutError(
+                f"{kept} of {type(model).__name__} keeps a state, the layout says {cache.layout.state_bytes} "
+                "bytes: KVCache.for_model(model) lays a cache out for it"
+            )
         self._grid = max(GRID, cache.layout.block_size) if cache.config.reproducible else 0
         self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
         self._said: set[str] = set()
@@ -122,6 +131,10 @@ class Attachment:
             reader = PagedReader(self._attention)
         else:
             reader = MaterialisedReader(self.cache.storage)
+        states = None
+        if self.cache.storage.states is not None:
+            live = LayerStates(self._state_layers)
+            states = SessionStates(live, self.cache.storage.states, self.cache.layout.block_size)
         rows = SessionRows(
             self.cache,
             reader,
@@ -130,6 +143,7 @@ class Attachment:
             name=session_id,
             grid=self._grid,
             mixes_rows=mixes_rows(self.model),
+            states=states,
         )
         return PagedSession(rows, functools.partial(self.session, tenant=tenant), self.weights.fingerprint)
 
@@ -243,10 +257,13 @@ class Attachment:
         each = rows.repeats(kwargs["input_ids"])
         call = narrow(kwargs, each) if each > 1 else kwargs
         stops = rows.stops(call["input_ids"].shape[1])
+        whole = next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None)
+        if whole and not self._grid:
+            stops = stops[-1:]  # cut for states alone: fewer of them are kept
         if len(stops) == 1:
             output = self._pass(rows, call)
         else:
-            if whole := next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None):
+            if whole and self._grid:
                 raise UnsupportedError(
                     f"a session cannot take {whole} in a call of {len(stops)} forward passes: "
                     f"reproducible=True cuts every {self._grid} tokens"
@@ -291,8 +308,9 @@ class Attachment:
         positions, is_token = rows.rows.positions(ids.shape[1])
         given = call.get("position_ids")
         if given is None:
-            # Without padding the model's own count is right; with it, it counts the padding.
-            if any(rows.rows.pads) and "position_ids" in self._parameters:
+            # Without padding the model's own count is right; with it, it counts the padding. Some models
+            # with layers that keep a state count from 0 in every forward pass.
+            if (any(rows.rows.pads) or rows.states is not None) and "position_ids" in self._parameters:
                 call["position_ids"] = torch.from_numpy(positions).to(ids.device)
             return
         fits = given.dim() == 2 and given.shape[1] == positions.shape[1]

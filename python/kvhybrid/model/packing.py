@@ -17,6 +17,7 @@ from kvhybrid.cache.step import Step
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.probe import difference, obstacle_to_paging, own_logits, reason, refuse, trial_cache
+from kvhybrid.model.probe_states import refuse_states
 from kvhybrid.model.runner import Packing, Runner
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout, *, alone: bool = Fa
     Raises ``UnsupportedError`` with both reasons when neither does.
     """
     refuse(model)
+    refuse_states(model, "an engine's steps take rows as they come; kvhybrid.attach serves such models")
     was_training = model.training
     model.eval()
     try:

@@ -71,3 +71,14 @@ def read_padding(mask: torch.Tensor | None, batch: int, columns: int) -> list[in
                 "only"
             )
     return [int(pad) for pad in pads]
+
+
+def has_padding(mask: torch.Tensor, pads: list[int], columns: int) -> bool:
+    """Return whether ``mask`` hides the first ``pads`` columns of its rows and nothing else.
+
+    Raises ``InvalidRequestError`` when it is not ``[len(pads), columns]``. A row may be padding alone so far.
+    """
+    if list(mask.shape) != [len(pads), columns]:
+        raise InvalidRequestError(f"attention_mask is {list(mask.shape)}, expected [{len(pads)}, {columns}]")
+    seen = mask.detach().cpu().numpy().astype(bool)
+    return bool((seen == (np.arange(columns) >= np.array(pads)[:, None])).all())

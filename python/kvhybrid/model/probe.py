@@ -9,7 +9,7 @@ its text, shows here and not in a user's.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,8 +20,10 @@ from kvhybrid.cache.measured import measure_layers
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 from kvhybrid.model.interface import own_implementation, switch_off, switch_on
+from kvhybrid.model.layer_states import state_layers
 from kvhybrid.model.masks import obstacle_to_pages
 from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.probe_states import describe_states, logits_alone, refuse_states, resumed_logits
 from kvhybrid.model.routes import Route
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 # Columns of the probe's forward passes: a prefill, several tokens behind it, then one by one.
 STEPS = (19, 9, 1, 1)
 PADDING = 3
+# Tokens a page when states are tried: the text has a block's end to go on from.
+STATE_BLOCK = 8
 # Rotary embeddings that change with the length of the text, and with them the keys of the same tokens.
 REGIMES = ("dynamic", "longrope")
 # Largest difference of logits, as a share of their spread, that summing in another order explains.
@@ -60,7 +64,8 @@ def choose_route(model: PreTrainedModel, layout: KVLayout) -> tuple[Route, str]:
     last = trials[-1]
     if last.problem is None:
         before = [trial.problem for trial in trials[:-1] if trial.problem is not None]
-        return last.route, before[0] if before else "attention over pages gives the model's own logits"
+        why = before[0] if before else "attention over pages gives the model's own logits"
+        return last.route, why + describe_states(model)
     reasons = "; ".join(f"{trial.route}: {trial.problem}" for trial in trials)
     raise UnsupportedError(f"{type(model).__name__}: {reasons}")
 
@@ -91,7 +96,7 @@ def refuse(model: PreTrainedModel) -> None:
             f"{name} rotates keys by {kind!r}, which depends on a text's whole length: K of one text cannot "
             "serve another"
         )
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not state_layers(model.config):
         raise UnsupportedError(
             f"{name} keeps a recurrent state, which is not K and V: it cannot be cached in pages"
         )
@@ -117,16 +122,26 @@ def own_logits(model: PreTrainedModel, layout: KVLayout) -> torch.Tensor:
         raise UnsupportedError(
             f"{name} cannot be run step by step over transformers' DynamicCache: {reason(error)}"
         ) from error
-    differences = (expected - alone).abs().amax(-1)[:, STEPS[0] :]
-    # In halves another order of summing can send a token to another expert: few tokens of a row then
-    # differ by much, and that is no fault of the cache.
-    off = float(differences.max() if layout.dtype == "float32" else differences.median(-1).values.max())
+    off = _distance(expected[:, STEPS[0] :], alone[:, STEPS[0] :], layout)
     if not off <= (allowed := allowance(expected, layout)):
+        refuse_states(model, f"several tokens behind it do not go on from it, logits differ by {off:.2g}")
         raise UnsupportedError(
             f"{name} gives other logits through its own cache than without one: they differ by {off:.2g}, "
             f"{allowed:.2g} is allowed"
         )
+    if layout.state_bytes:
+        unpadded = logits_alone(model, _text(model)[:1, PADDING:])
+        if not (off := _distance(alone[:1, PADDING:], unpadded, layout)) <= allowed:
+            refuse_states(model, f"padding leaves a trace in it, logits differ by {off:.2g}")
     return expected
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) -> float:
+    """Return the largest difference of logits ``[rows, tokens, vocab]``, of most tokens at least."""
+    differences = (found - expected).abs().amax(-1)
+    # In halves another order of summing can send a token to another expert: few tokens of a row then
+    # differ by much, and that is no fault of the cache.
+    return float(differences.max() if layout.dtype == "float32" else differences.median(-1).values.max())
 
 
 def _try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
@@ -138,6 +153,8 @@ def _try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
         if problem is None:
             found = _try(model, layout, route)
             problem = found if isinstance(found, str) else difference(found, expected, layout)
+        if problem is None and layout.state_bytes:
+            problem = _try_states(model, layout, route, expected[1:])
         off = float((found - expected).abs().max()) if isinstance(found, torch.Tensor) else None
         trials.append(Trial(route, off, allowance(expected, layout), problem))
         if problem is None:
@@ -173,12 +190,28 @@ def _try(model: PreTrainedModel, layout: KVLayout, route: Route) -> torch.Tensor
         attachment.detach()
 
 
+def _try_states(model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch.Tensor) -> str | None:
+    """Go on from a state that was put back; return what is wrong with it, or None."""
+    from kvhybrid.model.attach import Attachment
+
+    text = _text(model)[1:]
+    cache = trial_cache(model, replace(layout, block_size=STATE_BLOCK), [text.shape[1]] * 2)
+    with Attachment(model, cache, route, "probe").install():
+        found = resumed_logits(model, cache.session("first"), cache.session("second"), text)
+    if found is None:
+        return "a text run twice found no state to go on from"
+    off = _distance(found, expected[:, -found.shape[1] :], layout)
+    allowed = allowance(expected, layout)
+    return None if off <= allowed else f"behind a state that was put back, logits differ by {off:.2g}"
+
+
 def trial_cache(model: PreTrainedModel, layout: KVLayout, lengths: Sequence[int]) -> KVCache:
     """Return a cache with room for texts of these lengths, its pages where the model keeps K and V."""
     pages = sum(-(-length // layout.block_size) for length in lengths)
     config = KVCacheConfig(
         max_tokens=pages * layout.block_size,
         max_memory_mb=None,
+        state_memory_mb=None,
         block_size=layout.block_size,
         dtype=layout.dtype,
         _env_file=None,
@@ -210,11 +243,15 @@ def difference(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) ->
     return None if off <= allowed else f"logits differ by {off:.2g}, {allowed:.2g} is allowed"
 
 
+def _text(model: PreTrainedModel) -> torch.Tensor:
+    """Return the probe's text, ``[2, tokens]``."""
+    total = sum(STEPS)
+    return ((torch.arange(2 * total) * 7 + 3) % vocab_size(model)).view(2, total).to(model.device)
+
+
 def _logits(model: PreTrainedModel, cache: Cache | None, steps: tuple[int, ...] = STEPS) -> torch.Tensor:
     """Run the probe's text through ``model``; return its logits ``[2, tokens, vocab]``, zeros for padding."""
-    total = sum(STEPS)
-    vocab = vocab_size(model)
-    ids = ((torch.arange(2 * total) * 7 + 3) % vocab).view(2, total).to(model.device)
+    ids = _text(model)
     mask = torch.ones_like(ids)
     mask[0, :PADDING] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kvhybrid._core import Sequence
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.model.padding import Ids
+    from kvhybrid.model.session_states import SessionStates
 
     Text: TypeAlias = npt.NDArray[np.uint32]
 
@@ -64,14 +65,18 @@ class Rows:
         reuse: bool = True,
         share: bool = True,
         grid: int = 1,
+        states: SessionStates | None = None,
     ) -> Self:
         """Open every row on its longest cached prefix, and cut all rows at the same column.
 
-        ``grid``: the column is a multiple of it. What lies behind the cut is pending.
+        ``grid``: the column is a multiple of it. ``states``: it is one from which they can go on, and do.
+        What lies behind the cut is pending.
         """
         sequences = [cache.pool.open(text, namespace, reuse=reuse, share=share) for text in texts]
         cut = min(pad + row.length for pad, row in zip(pads, sequences, strict=True)) if reuse else 0
         cut -= cut % grid
+        if states is not None:
+            cut = states.resume(list(zip(pads, sequences, strict=True)), cut, grid)
         for pad, row, text in zip(pads, sequences, texts, strict=True):
             keep = max(cut - pad, 0)
             if row.length > keep:

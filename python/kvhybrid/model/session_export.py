@@ -33,7 +33,8 @@ def export(rows: SessionRows, fingerprint: str | None, *, key: bytes = b"") -> b
     was_released = rows.rows is None
     text = rows.text()
     layers = None
-    if fingerprint is not None and text.columns:
+    # K and V alone do not go on from where layers keep a state, too: those are computed again.
+    if fingerprint is not None and text.columns and rows.states is None:
         try:
             tensors = [rows.materialise(layer) for layer in range(len(rows.cache.storage.keys))]
         finally:
@@ -62,7 +63,7 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     found = _read(data, key)
     text = _text(found, rows)
     layers = found.get("layers")
-    if layers is None:
+    if layers is None or rows.states is not None:
         rows.restore(text)
         return
     if found.get("layout") != rows.cache.layout.fingerprint:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from kvhybrid.errors import ClosedError, InvalidRequestError, UnsupportedError
-from kvhybrid.model.padding import read_ids, read_padding
+from kvhybrid.model.padding import has_padding, read_ids, read_padding
 from kvhybrid.model.rows import Fed, Rows
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
     from kvhybrid.model.rows import Text
+    from kvhybrid.model.session_states import SessionStates
 
 
 class Weights(Protocol):
@@ -56,6 +57,7 @@ class SessionRows:
 
     ``grid``: forward passes end at multiples of it, and nothing computed otherwise is ever shared
     (``reproducible``); 0 for none. ``mixes_rows``: K and V of one row depend on the others' (experts).
+    ``states``: those of layers that keep one, where the model has such layers.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class SessionRows:
         name: str,
         grid: int = 0,
         mixes_rows: bool = False,
+        states: SessionStates | None = None,
     ) -> None:
         self.cache = cache
         self.reader = reader
@@ -76,6 +79,7 @@ class SessionRows:
         self.rows: Rows | None = None
         self.cached: list[int] = []
         self.grid = grid
+        self.states = states
         self._weights = weights
         self.vocab_size = vocab_size
         self._mixes_rows = mixes_rows
@@ -152,7 +156,14 @@ class SessionRows:
             share = not self._mixes_rows
         namespace = self._weights.namespace(*parts)
         rows = Rows.open(
-            self.cache, texts, pads, namespace, reuse=reuse and share, share=share, grid=self.grid or 1
+            self.cache,
+            texts,
+            pads,
+            namespace,
+            reuse=reuse and share,
+            share=share,
+            grid=self.grid or 1,
+            states=self.states,
         )
         old, self.rows, self._released = self.rows, rows, NOTHING
         if old is not None:
@@ -192,8 +203,17 @@ class SessionRows:
         """Return the columns at which forward passes over the next ``width`` columns must end."""
         start, stop = self.columns, self.columns + width
         if not self.grid:
-            return [stop]
+            return [*self._state_stops(start, stop), stop]
         return [*range(start - start % self.grid + self.grid, stop, self.grid), stop]
+
+    def _state_stops(self, start: int, stop: int) -> list[int]:
+        if self.states is None:
+            return []
+        # Of a text that was not prepared nothing is known yet, padding included: its first pass is not cut.
+        if self.rows is None:
+            return []
+        is_last = self.rows.pending <= stop - start
+        return self.states.cuts(min(self.rows.pads), start, stop, is_last=is_last)
 
     def reopen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Take the pages back after ``release``, and let go of those of weights that have changed.
@@ -252,7 +272,7 @@ class SessionRows:
                     f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
                 )
             self.repeat(batch // len(rows))
-        if mask is not None and read_padding(mask, batch, rows.columns + width) != rows.pads:
+        if mask is not None and not has_padding(mask, rows.pads, rows.columns + width):
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
         fed = self._feed(rows, ids)
         try:
@@ -264,7 +284,12 @@ class SessionRows:
                 rows.take_back()
             raise
         self._fed, self._width = fed, width
-        self.reader.start(rows.columns)
+        self._start(rows.columns)
+
+    def _start(self, columns: int) -> None:
+        self.reader.start(columns)
+        if self.states is not None:
+            self.states.live.settle()
 
     def _feed(self, rows: Rows, ids: Ids) -> Fed:
         if self.grid:
@@ -283,10 +308,7 @@ class SessionRows:
             return
         try:
             if success:
-                step.commit()
-                if self.rows.columns == self._exact and self._width == self.grid:
-                    self._exact += self.grid
-                self.rows.columns += self._width
+                self._commit(step, self.rows)
                 return
             step.abandon()
         except UnsupportedError:  # from commit, which has abandoned the step
@@ -294,10 +316,24 @@ class SessionRows:
             raise
         self._forget_step(self.rows, fed)
 
+    def _commit(self, step: Step, rows: Rows) -> None:
+        if self.states is not None and (left_out := self.states.live.left_out()):
+            step.abandon()
+            raise UnsupportedError(f"the forward pass left out layers that keep a state: {left_out}")
+        step.commit()
+        if rows.columns == self._exact and self._width == self.grid:
+            self._exact += self.grid
+        rows.columns += self._width
+        if self.states is not None and (not self.grid or rows.columns <= self._exact):
+            self.states.keep(list(zip(rows.pads, rows.sequences, strict=True)), self._width)
+
     def _forget_step(self, rows: Rows, fed: Fed) -> None:
         if fed.is_new:
             rows.take_back()
         self.reader.forget(rows.columns)
+        if self.states is not None:
+            # Layers have gone on while the pass ran: their states are of no text, and computed again.
+            self._let_go()
 
     def rewind(self, before: tuple[int, list[Text]] | None) -> None:
         """Go back to what ``mark`` returned; None: to a session without text."""
@@ -305,6 +341,8 @@ class SessionRows:
             self._drop_rows()
         elif self.rows is not None:
             self.rows.rewind(*before)
+            if self.states is not None:
+                self._let_go()
             self._exact = min(self._exact, before[0])
             self.reader.forget(before[0])
 
@@ -315,6 +353,9 @@ class SessionRows:
     def release(self) -> None:
         """Unpin the pages and remember the tokens: a session that nobody runs holds no page."""
         self.finish(success=False)
+        self._let_go()
+
+    def _let_go(self) -> None:
         if self.rows is not None:
             released = self.text()
             self._drop_rows()
@@ -325,6 +366,8 @@ class SessionRows:
         if rows is not None:
             rows.close()
         self.reader.forget(0)
+        if self.states is not None:
+            self.states.reset()
         self.cache.storage.settled()
 
     def close(self) -> None:
@@ -358,6 +401,10 @@ class SessionRows:
     def crop(self, columns: int) -> None:
         """Drop every column from ``columns`` on."""
         self._exact = min(self._exact, columns)
+        if self.states is not None and not self.states.live.crop(self.columns - columns, self.columns):
+            if columns >= self.columns:
+                return
+            self._let_go()  # a state cannot be taken back: the next pass goes on from one that was kept
         if self.rows is None:
             texts, pads, width = self._released.texts, self._released.pads, min(self.columns, columns)
             cut = [text[: max(width - pad, 0)] for text, pad in zip(texts, pads, strict=True)]
@@ -374,6 +421,8 @@ class SessionRows:
             return
         self.rows.select(chosen)
         self.reader.reorder(chosen)
+        if self.states is not None:
+            self.states.select(chosen)
 
     def repeat(self, repeats: int) -> None:
         """Fork every row ``repeats - 1`` times, forks beside their row."""
@@ -385,6 +434,8 @@ class SessionRows:
             raise InvalidRequestError("a forward pass of this session is still under way")
         self._check_open()
         other.rows = self.rows.fork() if self.rows is not None else None
+        if self.rows is not None and self.states is not None and other.states is not None:
+            self.states.copy_to(other.states, len(self.rows))
         other.cached, other._released, other._exact = list(self.cached), self._released, self._exact
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,7 +5,7 @@ tokens these K and V belong to, the wrappers of ``kvhybrid.model.attach`` tell `
 forward pass and after it, so that every reuse is checked token by token.
 
 Only public methods of ``Cache`` are overridden; its layer classes, which change with every second
-release, are not used.
+release, are not used, but for layers that keep a state instead (``layer_states``).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from kvhybrid.model.session_export import export, import_into
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kvhybrid.cache.step import Step
     from kvhybrid.model.session_rows import SessionRows
 
 
@@ -38,6 +39,8 @@ class PagedSession(Cache):
         layers = [LayerView(self, index) for index in range(rows.cache.layout.num_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]  # views, not layer objects
         self.rows = rows
+        if rows.states is not None:
+            rows.states.live.show_in(self.layers)
         self._fresh = fresh
         self._fingerprint = fingerprint
 
@@ -101,14 +104,41 @@ class PagedSession(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new K and V; return what the layer's attention is to read."""
-        step = self.rows.step
-        if step is None:
+        step = self._step()
+        step.write(layer_idx, key_states, value_states)
+        return self.rows.reader.read(step, layer_idx, key_states, value_states)
+
+    def _step(self) -> Step:
+        if self.rows.step is None:
             raise UnsupportedError(
                 "this session was passed to a model that it is not attached to: call "
                 "kvhybrid.attach(model, cache), and pass the session to that model, not to a part of it"
             )
-        step.write(layer_idx, key_states, value_states)
-        return self.rows.reader.read(step, layer_idx, key_states, value_states)
+        return self.rows.step
+
+    def _touch(self, layer_idx: int) -> None:
+        """Note that the forward pass has come to a layer that keeps a state."""
+        self._step()
+        if self.rows.states is not None:
+            self.rows.states.live.touched.add(layer_idx)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        """Return a layer's convolution state; it may be updated in place."""
+        self._touch(layer_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        """Return whether a layer has a state to go on from."""
+        if layer_idx is not None:
+            self._touch(layer_idx)
+        return super().has_previous_state(layer_idx, state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Update a layer's convolution state; return it with what came before."""
+        self._touch(layer_idx)
+        return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns held, padding included."""
@@ -159,7 +189,9 @@ class PagedSession(Cache):
         self.rows.reset()
 
     def activate_past_recording(self) -> None:
-        """Do nothing: the past can always be cropped."""
+        """Have layers that keep a state keep what ``crop`` takes back; K and V can always be cropped."""
+        if self.rows.states is not None:
+            self.rows.states.live.record()
 
     @property
     def num_rows(self) -> int:
