@@ -125,8 +125,10 @@ WAYS: dict[str, Callable[..., Any]] = {
     "prefill in chunks, beams": lambda generate: generate(
         PROMPT, prefill_chunk_size=5, num_beams=2, **GREEDY
     ),
-    "prompt lookup": lambda generate: generate(ECHO, prompt_lookup_num_tokens=3, **GREEDY),
-    "prompt lookup, sampled": lambda generate: generate(ECHO, prompt_lookup_num_tokens=3, **SAMPLED),
+    "prompt lookup": lambda generate: generate(ECHO, prompt_lookup_num_tokens=3, eos_token_id=2, **GREEDY),
+    "prompt lookup, sampled": lambda generate: generate(
+        ECHO, prompt_lookup_num_tokens=3, eos_token_id=2, **SAMPLED
+    ),
     "custom loop": lambda generate: generate(PROMPT, custom_generate=greedy_loop, **GREEDY),
     "contrastive search": lambda generate: generate(PROMPT, custom_generate=contrastive_search, **GREEDY),
     "diverse beams": lambda generate: generate(PROMPT, custom_generate=diverse_beams, **GREEDY),
@@ -243,6 +245,8 @@ def test_a_draft_model_may_be_attached_too(
     attached.cache.drop_session("talk")
 
 
+# Transformers 4 sends no positions to the draft.
+@pytest.mark.filterwarnings("ignore:generate runs without the cache.*position_ids")
 def test_a_draft_models_small_cache_may_lose_its_pages_between_two_drafts(own: PreTrainedModel) -> None:
     small = make_model("llama", seed=5)
     expected = own.generate(PROMPT, assistant_model=small, **GREEDY)
@@ -258,8 +262,7 @@ def test_a_draft_models_small_cache_may_lose_its_pages_between_two_drafts(own: P
                 return forward(*args, **kwargs)
 
             patch.setitem(small.__dict__, "forward", forgetful)
-            with pytest.warns(UserWarning, match="position_ids"):
-                found = own.generate(PROMPT, assistant_model=small, **GREEDY)
+            found = own.generate(PROMPT, assistant_model=small, **GREEDY)
         assert torch.equal(found, expected)
         assert cached(attachment) == 0
 
@@ -305,8 +308,9 @@ def test_what_cannot_be_cached_runs_without_and_is_said_once(
     if isinstance(expected, dict):
         found, expected = [output["sequences"] for output in found], expected["sequences"]
     assert all(torch.equal(text, expected) for text in found)
-    assert len(said) == 1
-    assert said[0].filename == __file__
+    ours = [warning for warning in said if "runs without the cache" in str(warning.message)]
+    assert len(ours) == 1
+    assert ours[0].filename == __file__
     assert cached(attached) == before
     session = attached.cache.session("talk")
     with pytest.raises((UnsupportedError, kvhybrid.errors.InvalidRequestError)):

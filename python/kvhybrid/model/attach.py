@@ -174,19 +174,43 @@ class Attachment:
             )
             return self._without(f"it cannot take {obstacle}" if is_said else "", "", inputs, args, kwargs)
         session = past if isinstance(past, PagedSession) else self.session("")
-        if self._grid and kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)):
-            kwargs["prefill_chunk_size"] = None  # the grid cuts the prompt, the same for everybody
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if isinstance(chunk, int) and chunk > 0:
+            kwargs["prefill_chunk_size"] = None  # the prompt is cut here, behind what is cached of it
+        mask = mask_of(ids, kwargs, config)
         with session.rows.in_use():
             try:
-                session.rows.prepare(ids, mask_of(ids, kwargs, config))
+                session.rows.prepare(ids, mask)
             except UnsupportedError as error:
                 if is_ours:
                     raise
                 return self._without("it cannot take this attention_mask", f": {error}", inputs, args, kwargs)
             try:
+                # With a grid, forward cuts every prompt, the same for everybody.
+                if isinstance(chunk, int) and chunk > 0 and not self._grid:
+                    self._prefill(session, ids, mask, chunk)
                 return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
             finally:
                 session.rows.release()
+
+    @torch.no_grad()
+    def _prefill(
+        self, session: PagedSession, ids: torch.Tensor, mask: torch.Tensor | None, chunk: int
+    ) -> None:
+        """Compute the prompt but for its last token, ``chunk`` columns at a time, behind what is cached.
+
+        Left to transformers, versions before 5.23 feed it from its beginning, whatever is cached.
+        """
+        total = ids.shape[1] if mask is None else mask.shape[1]
+        first = total - ids.shape[1]
+        options = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
+        for start in range(session.rows.columns, total - 1, chunk):
+            stop = min(start + chunk, total - 1)
+            seen = mask[:, :stop] if mask is not None else None
+            fed = ids[:, start - first : stop - first]
+            self.forward(
+                input_ids=fed, attention_mask=seen, past_key_values=session, use_cache=True, **options
+            )
 
     def _obstacle_of_adapters(self) -> str | None:
         if self.weights.mixes_adapters:
@@ -234,7 +258,7 @@ class Attachment:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         with rows.in_use():
             self._recompute(rows, session, kwargs)
-            if skip := rows.refed(kwargs["input_ids"]):
+            if skip := rows.refed(kwargs["input_ids"], kwargs.get("attention_mask")):
                 kwargs["input_ids"] = kwargs["input_ids"][:, skip:]
                 if kwargs.get("position_ids") is not None:
                     kwargs["position_ids"] = kwargs["position_ids"][..., skip:]

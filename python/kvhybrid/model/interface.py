@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.masks import current_trace
+from kvhybrid.model.versions import mask_function_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -172,5 +173,5 @@ def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         return None
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     if (trace := current_trace()) is not None:
-        trace.made(mask, kwargs.get("mask_function"))
+        trace.made(mask, mask_function_of(kwargs))
     return mask

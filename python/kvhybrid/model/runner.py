@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import reading_pages, switch_off, switch_on
 from kvhybrid.model.routes import MaterialisedReader, PagedReader
+from kvhybrid.model.versions import columns_fed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -127,8 +128,7 @@ class StepCache(Cache):
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
         """Return ``(columns after this forward pass, 0)``."""
-        width = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self._columns + width, 0
+        return self._columns + columns_fed(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: no bound but the cache's budget."""

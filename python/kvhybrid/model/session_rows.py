@@ -173,14 +173,17 @@ class SessionRows:
         self.reader.forget(0)
         return rows
 
-    def refed(self, input_ids: torch.Tensor) -> int:
+    def refed(self, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> int:
         """Return how many leading columns of a forward pass are cached and were fed all the same.
 
         Assisted decoding feeds the whole prompt again, and candidates behind it; it reads the last
-        logits alone.
+        logits alone. Before transformers 5 it feeds what follows the cached columns: then the ``mask`` is
+        longer than the tokens.
         """
         rows = self.rows
         if rows is None or not 0 < rows.pending < input_ids.shape[1]:
+            return 0
+        if mask is not None and mask.shape[-1] == rows.columns + input_ids.shape[1]:
             return 0
         ids = read_ids(input_ids, self.vocab_size)
         for row, (pad, held) in enumerate(zip(rows.pads, rows.held(), strict=True)):

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 from kvhybrid.model.session_export import export, import_into
+from kvhybrid.model.versions import columns_fed, columns_kept
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -149,12 +150,8 @@ class PagedSession(Cache):
         return self.rows.columns
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """Return ``(columns after this forward pass, 0)``.
-
-        Up to transformers 5.3 the argument is a tensor of positions.
-        """
-        width = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.rows.columns + width, 0
+        """Return ``(columns after this forward pass, 0)``."""
+        return self.rows.columns + columns_fed(query_length), 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: no bound but the cache's budget."""
@@ -166,7 +163,7 @@ class PagedSession(Cache):
 
     def crop(self, max_length: int) -> None:
         """Remove the last ``-max_length`` columns, or, given a positive number, keep that many."""
-        columns = self.rows.columns + max_length if max_length <= 0 else min(max_length, self.rows.columns)
+        columns = columns_kept(self.rows.columns, max_length)
         if columns < 0:
             raise InvalidRequestError(f"crop({max_length}) of a session of {self.rows.columns} columns")
         self.rows.crop(columns)
