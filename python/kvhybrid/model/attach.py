@@ -162,8 +162,9 @@ class Attachment:
             return self._generate(inputs, *args, **kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         config = kwargs.get("generation_config", args[0] if args else None) or self.model.generation_config
+        self.weights.survey()
         obstacle = (
-            obstacle_to_reuse(self.model, ids, kwargs, config, in_session=is_ours)
+            obstacle_to_reuse(ids, kwargs, config, in_session=is_ours, drops_out=self.weights.drops_out)
             or self._obstacle_of_adapters()
         )
         if obstacle is not None and is_ours:
@@ -254,7 +255,10 @@ class Attachment:
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
-        if (obstacle := obstacle_to_step(self.model, kwargs)) is not None:
+        if rows.rows is None:
+            self.weights.survey()
+        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out) or self._obstacle_of_adapters()
+        if obstacle is not None:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         with rows.in_use():
             self._recompute(rows, session, kwargs)

@@ -44,20 +44,9 @@ SHAPING: Final = (
 )
 
 NO_CACHE: Final = "use_cache=False: it is a cache"
+DROPOUT: Final = "a model in training mode: dropout would be cached"
 # Whoever asks for no cache, or for another one, knows that ours is not used.
 ASKED_FOR: Final = (NO_CACHE, "cache_implementation")
-
-
-def drops_out(model: PreTrainedModel) -> bool:
-    """Return whether a forward pass now would drop anything at random."""
-    if not model.training:
-        return False
-    layers = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
-    config = model.config.get_text_config()
-    return layers or any(
-        getattr(config, name, 0)
-        for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    )
 
 
 def mixes_rows(model: PreTrainedModel) -> bool:
@@ -67,8 +56,8 @@ def mixes_rows(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) for name in names)
 
 
-def obstacle_to_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | None:
-    """Return what of a forward pass's arguments a session cannot take, or None."""
+def obstacle_to_step(kwargs: dict[str, Any], *, drops_out: bool) -> str | None:
+    """Return what of a forward pass, dropout or one of its arguments, a session cannot take, or None."""
     if kwargs.get("input_ids") is None:
         return "a forward pass without input_ids: embeddings hide the tokens"
     for name, value in kwargs.items():
@@ -80,7 +69,7 @@ def obstacle_to_step(model: PreTrainedModel, kwargs: dict[str, Any]) -> str | No
         return obstacle
     if kwargs.get("use_cache") is False:
         return NO_CACHE
-    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+    return DROPOUT if drops_out else None
 
 
 def _obstacle_in_mask(mask: Any) -> str | None:
@@ -91,12 +80,7 @@ def _obstacle_in_mask(mask: Any) -> str | None:
 
 
 def obstacle_to_reuse(
-    model: PreTrainedModel,
-    ids: Any,
-    kwargs: dict[str, Any],
-    config: GenerationConfig,
-    *,
-    in_session: bool,
+    ids: Any, kwargs: dict[str, Any], config: GenerationConfig, *, in_session: bool, drops_out: bool
 ) -> str | None:
     """Return what of a call to ``generate`` keeps its prompt from being cached, or None.
 
@@ -116,7 +100,7 @@ def obstacle_to_reuse(
         return obstacle
     if not in_session and option("output_hidden_states") and option("return_dict_in_generate"):
         return "output_hidden_states: those of cached tokens are not computed"
-    return "a model in training mode: dropout would be cached" if drops_out(model) else None
+    return DROPOUT if drops_out else None
 
 
 def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -> str | None:

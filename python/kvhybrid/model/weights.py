@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Values of each weight that are compared before every prompt.
 SAMPLES = 8
+# How configurations call the share of attention weights that are dropped in training.
+ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Where the hooks are made that stay on a model once it was asked for hidden states; they only look.
 COLLECTING: Final = "transformers.utils.output_capturing"
 
@@ -39,16 +41,23 @@ class ModelState:
         self._versions: tuple[int, ...] = ()
         self._watched: list[torch.Tensor] = []
         self._tuners: list[Any] = []
+        self._droppers: list[torch.nn.Module] = []
         self._hooks = ""
         self._digest: tuple[int, str] | None = None
         self.look()
+
+    def survey(self) -> None:
+        """Find the adapters, hooks and dropout among the model's modules; weights are not looked at."""
+        modules = list(self._model.modules())
+        self._tuners = list(_tuners(modules))
+        self._droppers = [module for module in modules if _can_drop(module)] + self._tuners
+        self._hooks = _hooks(modules)
 
     def look(self) -> bool:
         """Compare every weight with how it was, by identity, version and samples. True if one changed."""
         watched = [tensor for _, tensor in _tensors(self._model) if not tensor.is_meta]
         seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
-        self._tuners = list(_tuners(self._model))
-        self._hooks = _hooks(self._model)
+        self.survey()
         if seen == self._seen:
             return self.glance()
         self._watched, self._seen = watched, seen
@@ -90,6 +99,17 @@ class ModelState:
     def parts(self) -> tuple[str, ...]:
         """Names of the state as of the last look, to keep pages apart by."""
         return (str(self.epoch), *filter(None, (self.adapters, self._hooks, _autocast())))
+
+    @property
+    def drops_out(self) -> bool:
+        """True when a forward pass now would drop anything at random.
+
+        Asked of every module: a fresh adapter is in training mode inside a model that is not.
+        """
+        if any(module.training and _rate(module) for module in self._droppers):
+            return True
+        config = self._model.config.get_text_config()
+        return self._model.training and any(getattr(config, name, 0) for name in ATTENTION_RATES)
 
     @property
     def mixes_adapters(self) -> bool:
@@ -168,17 +188,30 @@ def _views(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
     return list(found.values())
 
 
-def _tuners(model: torch.nn.Module) -> Iterator[Any]:
+def _can_drop(module: torch.nn.Module) -> bool:
+    return "Dropout" in type(module).__name__
+
+
+def _rate(module: Any) -> float:
+    """Return how much a module, dropout or one of peft's layers, drops while it trains."""
+    if _can_drop(module):
+        return float(getattr(module, "p", 0))
+    # Some adapters drop whole ranks, or themselves, by rates that they keep by their names.
+    rates = (getattr(module, name, None) for name in ("rank_dropout", "module_dropout"))
+    return max((float(r) for of in rates if isinstance(of, dict) for r in of.values()), default=0.0)
+
+
+def _tuners(modules: Iterable[torch.nn.Module]) -> Iterator[Any]:
     """Yield peft's adapter layers. Nobody can have made one without having imported it."""
     layers = sys.modules.get("peft.tuners.tuners_utils")
     if layers is not None:
-        yield from (module for module in model.modules() if isinstance(module, layers.BaseTunerLayer))
+        yield from (module for module in modules if isinstance(module, layers.BaseTunerLayer))
 
 
-def _hooks(model: torch.nn.Module) -> str:
+def _hooks(modules: Iterable[torch.nn.Module]) -> str:
     """Name every hook that may change what flows through the model; torch never gives a number twice."""
     hooked = []
-    for index, module in enumerate(model.modules()):
+    for index, module in enumerate(modules):
         before, behind = _changing(module._forward_pre_hooks), _changing(module._forward_hooks)
         if before or behind:
             hooked.append((index, *before, -1, *behind))
