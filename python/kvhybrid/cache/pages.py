@@ -135,6 +135,11 @@ class PageStorage:
         if done < count:
             pages[int(table[index])][:, : count - done] = new[:, done:]
 
+    def write_slot(self, layer: int, page: int, offset: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write a single token: ``key``, ``value`` ``[num_kv_heads, width]``."""
+        self.keys[layer].select(0, page).select(1, offset).copy_(key)
+        self.values[layer].select(0, page).select(1, offset).copy_(value)
+
     def write_slots(
         self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:

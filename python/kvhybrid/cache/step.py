@@ -55,6 +55,7 @@ class Step:
         self._written: set[int] = set()
         self._alone: list[Step] = []
         self._indices: dict[torch.device, tuple[torch.Tensor, ...]] = {}
+        self._seen: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._was_abandoned = False
 
     @classmethod
@@ -139,6 +140,24 @@ class Step:
             self._indices[device] = tuple(self.storage.to_device(index, device) for index in indices)
         return self._indices[device]
 
+    def seen(self, columns: int, device: torch.device) -> torch.Tensor | None:
+        """Return which of the last ``columns`` columns are each row's text and no padding.
+
+        Bool ``[rows, 1, 1, columns]``, or None when all are. Of steps of one token a row.
+        """
+        if min(span.total for span in self.spans) >= columns:
+            return None
+        if (columns, device) not in self._seen:
+            first = torch.tensor([columns - span.total for span in self.spans])
+            seen = torch.arange(columns) >= first[:, None]
+            self._seen[columns, device] = seen[:, None, None].to(device)
+        return self._seen[columns, device]
+
+    @cached_property
+    def _slot(self) -> tuple[int, int] | None:
+        """The page and offset of a step of a single token, else None."""
+        return divmod(int(self._slots[0]), self.storage.block_size) if len(self._slots) == 1 else None
+
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.
 
@@ -154,6 +173,11 @@ class Step:
             )
         key, value = key.detach(), value.detach()
         self._written.add(layer)
+        if self._slot is not None:
+            (span,) = self.spans
+            row, column = span.row, span.column
+            self.storage.write_slot(layer, *self._slot, key[row, :, column], value[row, :, column])
+            return
         if self._is_one_each:
             rows, columns, pages, offsets = self._one_each(self.storage.keys[layer].device)
             self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])

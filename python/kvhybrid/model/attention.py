@@ -183,6 +183,31 @@ class PagedAttention:
         return known[:pages]
 
 
+def decode(
+    step: Step,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Attend for one token a row over contiguous K and V ``[batch, num_kv_heads, columns, width]``.
+
+    ``query`` ``[batch, heads, 1, head_dim]``; returns ``[batch, 1, heads, value_head_dim]``.
+    """
+    if window is not None and window < keys.shape[2]:
+        keys, values = keys[:, :, -window:], values[:, :, -window:]
+    rows = functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=step.seen(keys.shape[2], query.device),
+        scale=scale,
+        enable_gqa=keys.shape[1] != query.shape[1],
+    )
+    return rows.transpose(1, 2)
+
+
 def _scores(folded: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return ``folded @ keys^T``: ``[heads, rows, tokens]`` for a page's part or a run of pages."""
     heads, rows, dim = folded.shape

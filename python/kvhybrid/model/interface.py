@@ -18,6 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
+from kvhybrid.model.attention import decode
 from kvhybrid.model.masks import current_trace
 from kvhybrid.model.versions import mask_function_of
 
@@ -108,13 +109,20 @@ class PageHandle(torch.Tensor):
     past and, in a packed step, see other rows. So every operation on it raises ``UnsupportedError``.
     """
 
-    pages: tuple[PagedAttention, Step, int, torch.Tensor]
+    pages: tuple[PagedAttention, Step, int, torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]
 
     @classmethod
-    def mark(cls, key: torch.Tensor, attention: PagedAttention, step: Step, layer: int) -> PageHandle:
-        """Return ``key`` as a handle; no copy."""
+    def mark(
+        cls,
+        key: torch.Tensor,
+        attention: PagedAttention,
+        step: Step,
+        layer: int,
+        mirror: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> PageHandle:
+        """Return ``key`` as a handle; no copy. ``mirror``: all of the layer's K and V, where there is one."""
         handle: PageHandle = key.as_subclass(cls)
-        handle.pages = (attention, step, layer, key)
+        handle.pages = (attention, step, layer, key, mirror)
         return handle
 
     @classmethod
@@ -162,8 +170,10 @@ def paged_attention_forward(
             raise UnsupportedError(
                 f"{type(module).__name__} attends with {name}, which the paged route does not compute"
             )
-    attention, step, layer, plain = key.pages
+    attention, step, layer, plain, mirror = key.pages
     with torch.no_grad():
+        if mirror is not None:
+            return decode(step, query, *mirror, scaling, sliding_window), None
         return attention.attend(step, layer, query, plain, value, scaling, sliding_window), None
 
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from kvhybrid.model.attention import PagedAttention
 
 
+# Up to this many columns a decoding session keeps a contiguous mirror on the paged route, too: reading so
+# little costs less than the calls that find it in pages.
+SHORT = 1024
+
+
 class Route(StrEnum):
     """How a model reads cached K and V; the probe at attach time chooses."""
 
@@ -47,27 +52,39 @@ class Reader(Protocol):
 
 
 class PagedReader:
-    """The paged route: holds nothing, the pages are read where they lie."""
+    """The paged route: pages are read where they lie, and of short texts ``mirrors`` spare the search."""
 
     reads_pages = True
 
-    def __init__(self, attention: PagedAttention) -> None:
+    def __init__(self, attention: PagedAttention, *, mirrors: bool = True) -> None:
         self._attention = attention
+        self._mirror = MaterialisedReader(attention.storage)
+        self._short = SHORT if mirrors else -1
+        self._is_short = False
 
     def start(self, columns: int) -> None:
-        """Nothing to prepare."""
+        """A forward pass behind ``columns`` held columns begins."""
+        self._mirror.start(columns)
+        self._is_short = columns < self._short
+        if not self._is_short:
+            self._mirror.forget(0)
 
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``key`` marked with where its past lies, and ``value``."""
-        return PageHandle.mark(key, self._attention, step, layer), value
+        mirror = None
+        if self._is_short and key.shape[2] == 1 and len(step.spans) == key.shape[0]:
+            mirror = self._mirror.read(step, layer, key, value)
+        return PageHandle.mark(key, self._attention, step, layer, mirror), value
 
     def reorder(self, rows: list[int]) -> None:
-        """Nothing is held."""
+        """Keep these rows, in this order."""
+        self._mirror.reorder(rows)
 
     def forget(self, columns: int) -> None:
-        """Nothing is held."""
+        """Drop what is held of columns from ``columns`` on."""
+        self._mirror.forget(columns)
 
 
 class MaterialisedReader:

@@ -43,7 +43,7 @@ class Runner:
         self.model = model
         self.packing = packing
         self._storage = storage
-        self._paged = PagedReader(PagedAttention(storage))
+        self._paged = PagedReader(PagedAttention(storage), mirrors=False)
         self._mirrors: dict[int, MaterialisedReader] = {}
         parameters = inspect.signature(model.forward).parameters
         self._keeps_logits = "logits_to_keep" in parameters
