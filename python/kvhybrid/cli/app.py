@@ -73,6 +73,20 @@ def chat(
         run_chat(model, device=device, max_length=max_length, temperature=temperature)
 
 
+@app.command()
+def doctor(
+    model: Model = None,
+    device: Device = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+) -> None:
+    """Say how a model would be served, and why, or why not; exits with 1 when it is refused."""
+    from kvhybrid.cli.doctor import run_doctor
+
+    with _clear_errors():
+        served = run_doctor(model, device=device, as_json=json)
+    raise typer.Exit(0 if served else 1)
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Print our own errors in one line; a traceback helps nobody who typed a wrong path."""
 

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError("models need transformers: pip install kvhybrid[transformers]") from error
 
-__all__ = ["load_model"]
+__all__ = ["load_model", "load_weights"]
 
 
 def load_model(
@@ -39,7 +39,7 @@ def load_model(
         loaded, own = load_embedded_model(str(device), dtype if dtype is not None else torch.float32)
         return loaded, tokenizer if tokenizer is not None else own
     if isinstance(model, str | Path):
-        loaded = _load_weights(model, torch.device(device), dtype)
+        loaded = load_weights(model, torch.device(device), dtype)
         return loaded, tokenizer if tokenizer is not None else _load_tokenizer(model)
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(
@@ -51,7 +51,8 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def _load_weights(path: str | Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+def load_weights(path: str | Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    """Return the model at ``path`` in evaluation mode, as ``load_model`` does; its tokenizer is not read."""
     chosen = dtype if dtype is not None else torch.float32 if device.type == "cpu" else "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True)
