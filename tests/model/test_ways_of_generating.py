@@ -255,13 +255,15 @@ def test_a_draft_models_small_cache_may_lose_its_pages_between_two_drafts(own: P
             kvhybrid.attach(small, config=KVCacheConfig(**CONFIG)) as drafts,
             pytest.MonkeyPatch.context() as patch,
         ):
-            forward = small.forward
+            generate = small.generate
 
             def forgetful(*args: Any, **kwargs: Any) -> Any:
-                drafts.cache.clear()
-                return forward(*args, **kwargs)
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    drafts.cache.clear()
 
-            patch.setitem(small.__dict__, "forward", forgetful)
+            patch.setitem(small.__dict__, "generate", forgetful)
             found = own.generate(PROMPT, assistant_model=small, **GREEDY)
         assert torch.equal(found, expected)
         assert cached(attachment) == 0

@@ -26,9 +26,17 @@ from kvhybrid.model.interface import (
     switch_on,
 )
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
-from kvhybrid.model.obstacles import ASKED_FOR, mask_of, mixes_rows, obstacle_to_reuse, obstacle_to_step
+from kvhybrid.model.obstacles import (
+    ASKED_FOR,
+    mask_of,
+    mixes_rows,
+    obstacle_in_precision,
+    obstacle_to_reuse,
+    obstacle_to_step,
+    precision_of,
+)
 from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
-from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.padding import column_of, vocab_size
 from kvhybrid.model.passes import GRID, WHOLE, join, narrow, parts, widen
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
@@ -67,6 +75,7 @@ class Attachment:
             )
         self._grid = max(GRID, cache.layout.block_size) if cache.config.reproducible else 0
         self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
+        self._precision = precision_of(model)
         self._said: set[str] = set()
         self._passing = threading.local()
         # Set on the object by others (accelerate does), and put back by ``detach``.
@@ -165,7 +174,7 @@ class Attachment:
         self.weights.survey()
         obstacle = (
             obstacle_to_reuse(ids, kwargs, config, in_session=is_ours, drops_out=self.weights.drops_out)
-            or self._obstacle_of_adapters()
+            or self._obstacle_in_model()
         )
         if obstacle is not None and is_ours:
             raise UnsupportedError(f"a session cannot take {obstacle}")
@@ -213,10 +222,12 @@ class Attachment:
                 input_ids=fed, attention_mask=seen, past_key_values=session, use_cache=True, **options
             )
 
-    def _obstacle_of_adapters(self) -> str | None:
+    def _obstacle_in_model(self) -> str | None:
         if self.weights.mixes_adapters:
             return "adapters chosen row by row"
-        return "an adapter with tokens of its own" if self.weights.has_prompt_tuning else None
+        if self.weights.has_prompt_tuning:
+            return "an adapter with tokens of its own"
+        return obstacle_in_precision(precision_of(self.model), self._precision, self.cache.storage.dtype)
 
     def _without(
         self,
@@ -257,15 +268,15 @@ class Attachment:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
         if rows.rows is None:
             self.weights.survey()
-        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out) or self._obstacle_of_adapters()
+        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out) or self._obstacle_in_model()
         if obstacle is not None:
             raise UnsupportedError(f"a session cannot take {obstacle}")
         with rows.in_use():
             self._recompute(rows, session, kwargs)
-            if skip := rows.refed(kwargs["input_ids"], kwargs.get("attention_mask")):
-                kwargs["input_ids"] = kwargs["input_ids"][:, skip:]
-                if kwargs.get("position_ids") is not None:
-                    kwargs["position_ids"] = kwargs["position_ids"][..., skip:]
+            if skip := rows.refed(kwargs["input_ids"], column_of(kwargs)):
+                for name in ("input_ids", "position_ids", "cache_position"):
+                    if kwargs.get(name) is not None:
+                        kwargs[name] = kwargs[name][..., skip:]
             return self._run(rows, kwargs)
 
     def _recompute(self, rows: SessionRows, session: PagedSession, kwargs: dict[str, Any]) -> None:
@@ -335,6 +346,11 @@ class Attachment:
         ids = call["input_ids"]
         positions, is_token = rows.rows.positions(ids.shape[1])
         given = call.get("position_ids")
+        columns = call.get("cache_position")
+        if columns is not None and columns.tolist() != list(range(rows.columns, rows.columns + ids.shape[1])):
+            raise UnsupportedError(
+                f"a session of {rows.columns} columns cannot take a cache_position of other ones"
+            )
         if given is None:
             # Without padding the model's own count is right; with it, it counts the padding. Some models
             # with layers that keep a state count from 0 in every forward pass.
@@ -370,11 +386,13 @@ def attach(
         raise ConfigError("the model is attached already: call kvhybrid.detach(model) first")
     if cache is not None and config is not None:
         raise ConfigError("give a cache or a config, not both: a cache has its config")
-    if cache is None:
-        cache = KVCache.for_model(model, config)
-    if cache.is_attached:
-        raise ConfigError("the cache is attached to a model already: give this one a cache of its own")
-    route, reason = choose_route(model, cache.layout)
+    # A compiled model is probed as plain code, as which it will run over pages: tracing takes minutes.
+    with torch.compiler.set_stance("force_eager"):
+        if cache is None:
+            cache = KVCache.for_model(model, config)
+        if cache.is_attached:
+            raise ConfigError("the cache is attached to a model already: give this one a cache of its own")
+        route, reason = choose_route(model, cache.layout)
     return Attachment(model, cache, route, reason).install()
 
 

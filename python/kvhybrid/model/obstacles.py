@@ -118,6 +118,25 @@ def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -
     )
 
 
+def precision_of(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
+    """Return where a model computes K and V, and in which dtype; autocast counts."""
+    weight = next(model.parameters())
+    kind = weight.device.type
+    is_cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
+    return weight.device, torch.get_autocast_dtype(kind) if is_cast else weight.dtype
+
+
+def obstacle_in_precision(
+    now: tuple[torch.device, torch.dtype], before: tuple[torch.device, torch.dtype], pages: torch.dtype
+) -> str | None:
+    """Return why K and V of a model as it is ``now`` have no place in pages laid out for it ``before``."""
+    if now[0] != before[0]:
+        return f"a model that was moved from {before[0]} to {now[0]}: detach and attach it again"
+    if now[1] != before[1] and torch.promote_types(now[1], pages) != pages:
+        return f"K and V in {now[1]}: its pages hold {pages}"
+    return None
+
+
 def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> torch.Tensor | None:
     """Return the prompt's attention mask: the one given, or the one that ``generate`` will infer.
 

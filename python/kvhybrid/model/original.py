@@ -46,6 +46,16 @@ def plain_forward(model: PreTrainedModel) -> Callable[..., Any]:
     return forward
 
 
+def has_compiled_parts(model: PreTrainedModel) -> bool:
+    """Return whether any module inside the model was compiled: it runs as such whoever calls the model."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None
+        or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+        if module is not model
+    )
+
+
 def plain_copy(
     model: PreTrainedModel, own: dict[str, Any], memo: dict[int, Any], implementation: str | None
 ) -> PreTrainedModel:

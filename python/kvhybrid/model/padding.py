@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 
@@ -25,6 +25,19 @@ def read_ids(input_ids: torch.Tensor, num_ids: int) -> Ids:
         raise InvalidRequestError(f"the prompt is empty: input_ids is {list(input_ids.shape)}")
     check_ids(ids, num_ids)
     return ids
+
+
+def column_of(call: dict[str, Any]) -> int | None:
+    """Return the column at which a call of ``forward`` says that its tokens begin, None when it does not say.
+
+    The mask tells by its length, positions by their beginning.
+    """
+    mask, columns, positions = (call.get(n) for n in ("attention_mask", "cache_position", "position_ids"))
+    if mask is not None:
+        return int(mask.shape[1] - call["input_ids"].shape[1])
+    if columns is not None:
+        return int(columns[0])
+    return None if positions is None else int(positions[..., 0].max())
 
 
 def vocab_size(model: PreTrainedModel) -> int:

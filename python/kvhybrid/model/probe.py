@@ -22,6 +22,7 @@ from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 from kvhybrid.model.interface import own_implementation, switch_off, switch_on
 from kvhybrid.model.layer_states import state_layers
 from kvhybrid.model.masks import obstacle_to_pages
+from kvhybrid.model.original import has_compiled_parts
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.probe_states import describe_states, logits_alone, refuse_states, resumed_logits
 from kvhybrid.model.routes import Route
@@ -164,6 +165,8 @@ def _try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
 
 def obstacle_to_paging(model: PreTrainedModel) -> str | None:
     """Return what keeps a model from attending over pages at any length of text, or None."""
+    if has_compiled_parts(model):
+        return "parts of it are compiled, and pages cannot be traced"
     implementation = own_implementation(model)
     if implementation != "sdpa":
         return f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"

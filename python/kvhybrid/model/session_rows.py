@@ -173,21 +173,21 @@ class SessionRows:
         self.reader.forget(0)
         return rows
 
-    def refed(self, input_ids: torch.Tensor, mask: torch.Tensor | None = None) -> int:
+    def refed(self, input_ids: torch.Tensor, before: int | None = None) -> int:
         """Return how many leading columns of a forward pass are cached and were fed all the same.
 
-        Assisted decoding feeds the whole prompt again, and candidates behind it; it reads the last
-        logits alone. Before transformers 5 it feeds what follows the cached columns: then the ``mask`` is
-        longer than the tokens.
+        Assisted decoding feeds candidates behind what is to compute, and since transformers 5 the whole
+        prompt in front of it; it reads the last logits alone. ``before``: the column at which the call
+        says that its tokens begin, None when it does not say.
         """
         rows = self.rows
-        if rows is None or not 0 < rows.pending < input_ids.shape[1]:
-            return 0
-        if mask is not None and mask.shape[-1] == rows.columns + input_ids.shape[1]:
+        if rows is None or not 0 < rows.pending < input_ids.shape[1] or before == rows.columns:
             return 0
         ids = read_ids(input_ids, self.vocab_size)
         for row, (pad, held) in enumerate(zip(rows.pads, rows.held(), strict=True)):
             if not np.array_equal(ids[row, pad : rows.columns], held):
+                if before is None:
+                    return 0  # what is to compute, and more: ``begin`` compares it
                 raise InvalidRequestError(
                     f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared"
                 )

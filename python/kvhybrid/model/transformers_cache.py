@@ -10,7 +10,7 @@ release, are not used, but for layers that keep a state instead (``layer_states`
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 import torch
 from transformers.cache_utils import Cache
@@ -72,6 +72,10 @@ class PagedSession(Cache):
         memo[id(self)] = fork
         return fork
 
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be pickled: pages and locks belong to a process."""
+        raise UnsupportedError("a session cannot be pickled: call its export() for bytes")
+
     def truncate(self, tokens: int) -> None:
         """Keep the first ``tokens`` tokens; of a padded batch that many columns, padding included.
 
@@ -101,6 +105,7 @@ class PagedSession(Cache):
         with self.rows.in_use():
             import_into(self.rows, data, self._fingerprint, key=key)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
