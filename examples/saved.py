@@ -44,11 +44,12 @@ class Saved:
     plain: int
     with_kvhybrid: int
     equal: bool
+    what: str = "tokens computed"
 
     def __str__(self) -> str:
         share = 1 - self.with_kvhybrid / self.plain
         answers = "the same answers" if self.equal else "OTHER ANSWERS"
         return (
-            f"tokens computed: {self.plain:,} without kvhybrid, {self.with_kvhybrid:,} with it "
+            f"{self.what}: {self.plain:,} without kvhybrid, {self.with_kvhybrid:,} with it "
             f"({share:.0%} saved), {answers}"
         )

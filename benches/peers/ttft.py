@@ -66,6 +66,21 @@ def measure(name: str, shared: int, rounds: int) -> dict[str, float]:
     }
 
 
+def reproducible(name: str, tokens: int, rounds: int) -> dict[str, float]:
+    """Return what ``reproducible=True`` costs a prefill of ``tokens`` that nobody has computed before."""
+    ways = {}
+    for way in (False, True):
+        model = make_model(DTYPES[name], positions=tokens + 64)
+        budget = (rounds + 2) * (tokens + 128)
+        kvhybrid.attach(model, config=KVCacheConfig(max_tokens=budget, reproducible=way, _env_file=None))
+        texts = iter([random_ids(tokens, 100 + turn) for turn in range(rounds + 1)])
+        ways[way] = lambda model=model, texts=texts: first_token(model, next(texts))
+        ways[way]()  # warm-up
+    seconds = interleaved({"usual": ways[False], "grid": ways[True]}, rounds)
+    figure = "reproducible_prefill_ratio" if name == "f32" else f"{name}_reproducible_prefill_ratio"
+    return {figure: seconds["grid"] / seconds["usual"]}
+
+
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
     options = parser.parse_args()
@@ -73,6 +88,7 @@ def main() -> None:
     figures: dict[str, float] = {"shared_tokens": shared, "new_tokens": NEW}
     for name in dtypes_here():
         figures |= measure(name, shared, rounds)
+        figures |= reproducible(name, shared // 2, 3 if options.quick else 5)
     write_report("ttft", figures, options.json)
 
 

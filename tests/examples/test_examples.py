@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).parents[2] / "examples"
 # The program, the client it shows, the least share of the tokens that it must save.
 EXAMPLES = [
+    ("forks", "kvhybrid", 0.5),
     ("langchain_pipeline", "langchain_huggingface", 0.5),
     ("lm_eval_task", "lm_eval", 0.5),
     ("outlines_json", "outlines", 0.5),

@@ -37,7 +37,7 @@ class PagedSession(Cache):
         self, rows: SessionRows, fresh: Callable[[str], PagedSession], fingerprint: Callable[[], str]
     ) -> None:
         """``fresh`` makes an empty session like this one, ``fingerprint`` names the model's weights."""
-        layers = [LayerView(self, index) for index in range(rows.cache.layout.num_layers)]
+        layers = [LayerView(rows, index) for index in range(rows.cache.layout.num_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]  # views, not layer objects
         self.rows = rows
         if rows.states is not None:
@@ -242,25 +242,25 @@ class LayerView:
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, session: PagedSession, index: int) -> None:
-        self._session, self._index = session, index
+    def __init__(self, rows: SessionRows, index: int) -> None:
+        # Not the session: without a circle, a fork that nobody holds gives its pages back at once.
+        self._rows, self._index = rows, index
 
     @property
     def is_initialized(self) -> bool:
         """True once the layer holds anything; never, for one that keeps no K and V."""
-        rows = self._session.rows
-        return rows.columns > 0 and rows.cache.layout.layers[self._index] is not None
+        return self._rows.columns > 0 and self._rows.cache.layout.layers[self._index] is not None
 
     @property
     def keys(self) -> torch.Tensor:
         """K of this layer, ``[batch, num_kv_heads, columns, head_dim]``."""
-        return self._session.rows.materialise(self._index)[0]
+        return self._rows.materialise(self._index)[0]
 
     @property
     def values(self) -> torch.Tensor:
         """V of this layer, ``[batch, num_kv_heads, columns, value_head_dim]``."""
-        return self._session.rows.materialise(self._index)[1]
+        return self._rows.materialise(self._index)[1]
 
     def get_seq_length(self) -> int:
         """Return the columns held."""
-        return self._session.get_seq_length()
+        return self._rows.columns
