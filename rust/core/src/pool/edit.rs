@@ -72,7 +72,7 @@ impl Pool {
             Some(page) if self.pages.is_in_tree(*page) => sequence.sealed + (1 << self.shift),
             _ => sequence.sealed,
         };
-        sequence.anchor = self.tree.lift(sequence.anchor, pinned);
+        sequence.anchor = self.tree.cut(sequence.anchor, pinned);
         Ok(())
     }
 }

@@ -64,6 +64,18 @@ impl Tree {
         anchor
     }
 
+    /// Let go of everything below position `end`, a block's, and return the new anchor. A run that goes
+    /// on past it is cut in two, or its pages would stay pinned for nothing.
+    pub(crate) fn cut(&mut self, anchor: NodeId, end: u32) -> NodeId {
+        let anchor = self.lift(anchor, end);
+        if self.at(anchor).is_root() || self.reach(anchor) <= end {
+            return anchor;
+        }
+        let upper = self.split(anchor, (end - self.at(anchor).start) as usize);
+        self.unpin(anchor);
+        upper
+    }
+
     pub(super) fn pin(&mut self, node: NodeId) {
         let pinned = self.at_mut(node);
         pinned.pins += 1;
