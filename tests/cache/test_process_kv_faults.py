@@ -312,3 +312,27 @@ def test_dropping_and_closing_while_others_call_loses_no_page():
     cache.close()
     cache.pool.check()
     assert pages_of(cache) == {"free_pages": 64, "mutable_pages": 0, "sequences": 0, "sessions": 0}
+
+
+def test_a_session_dropped_while_a_call_waits_for_it_begins_anew():
+    cache, part = make(pages=16), slice_of(5)
+    cache.process_kv(*slice_of(7, batch=2))
+    session = cache._tensors._known["default", "default"]
+    lock = session.lock
+
+    class Late:
+        """A lock that another thread is faster to: it drops the session first."""
+
+        def __enter__(self):
+            session.lock = lock
+            assert cache.drop_session()
+            return lock.__enter__()
+
+        def __exit__(self, *exc_info):
+            return lock.__exit__(*exc_info)
+
+    session.lock = Late()
+    *found, metadata = cache.process_kv(*part)
+    assert same(found, part)
+    assert metadata["position"] == 0
+    assert pages_of(cache) == {"free_pages": 14, "mutable_pages": 2, "sequences": 1, "sessions": 1}

@@ -55,7 +55,8 @@ class TensorSession:
     def store(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Store K and V ``[batch, num_kv_heads, tokens, width]`` behind what the layer has.
 
-        They count once ``advance`` says so. Raises ``CapacityError`` without room.
+        They count once ``advance`` says so. Raises ``CapacityError`` without room. After a failure
+        ``truncate`` to the ``length`` before undoes what was begun.
         """
         past = self._filled[layer]
         end = past + key.shape[2]
@@ -99,25 +100,20 @@ class TensorSession:
 
     def _reserve(self, count: int) -> None:
         """Give ``count`` more positions their pages in every row."""
-        was = self.length
+        placeholders = np.zeros(count, np.uint32)
+        for row in self._rows:
+            row.append(placeholders)
+        plan = self._batch.plan()
         try:
-            placeholders = np.zeros(count, np.uint32)
-            for row in self._rows:
-                row.append(placeholders)
-            plan = self._batch.plan()
-            try:
-                tables = np.empty((self.num_rows, plan.max_pages), np.int32)
-                lengths = np.empty((self.num_rows, 2), np.int32)
-                plan.fill(tables, np.empty(plan.num_tokens, np.int32), lengths)
-                # At once: private pages with nothing in them harm nobody, and are taken back by length.
-                plan.commit()
-            except BaseException:
-                plan.abandon()
-                raise
+            tables = np.empty((self.num_rows, plan.max_pages), np.int32)
+            lengths = np.empty((self.num_rows, 2), np.int32)
+            plan.fill(tables, np.empty(plan.num_tokens, np.int32), lengths)
+            # At once: private pages with nothing in them harm nobody, and are taken back by length.
+            plan.commit()
         except BaseException:
-            self.truncate(was)
+            plan.abandon()
             raise
-        self.length, self._ids = was + count, tables
+        self.length, self._ids = self.length + count, tables
         self.evicted += plan.num_evicted
         self._storage.settled()
 
