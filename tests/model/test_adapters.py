@@ -53,7 +53,7 @@ def cached(attachment: Attachment) -> int:
 KINDS = {
     "lora": lora(),
     "dora": lora(use_dora=True),
-    "lora with a trained embedding": lora(modules_to_save=["embed_tokens"]),
+    "lora with trained norms": lora(modules_to_save=["input_layernorm"]),
     "ia3": peft.IA3Config(
         **{**LM, "target_modules": ["k_proj", "v_proj", "down_proj"]},
         feedforward_modules=["down_proj"],
