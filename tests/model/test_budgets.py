@@ -87,6 +87,40 @@ def test_background_eviction_hears_of_every_route(route: Route) -> None:
         cache.close()
 
 
+def evictable_when_told(cache: KVCache) -> list[int]:
+    """Return a list that grows, whenever a collector would be told, by how many pages may leave then."""
+    told: list[int] = []
+    cache.storage.settled = lambda: told.append(cache.pool.num_evictable)
+    return told
+
+
+@pytest.mark.parametrize("route", list(Route))
+def test_every_route_tells_when_it_has_let_go(route: Route) -> None:
+    with attached(route) as attachment, torch.no_grad():
+        model, cache = attachment.model, attachment.cache
+        told = evictable_when_told(cache)
+        text_of(model, prompt(40))
+        assert told[0] == 0
+        assert told[-1] == cache.pool.num_evictable == 3
+        model(prompt(40, seed=1), past_key_values=cache.session("a"))
+        assert told[-1] == cache.pool.num_evictable == 3
+        cache.drop_session("a")
+        assert told[-1] == cache.pool.num_evictable == 6
+
+
+def test_the_engine_tells_when_a_row_has_left() -> None:
+    engine = KVEngine(make_model("llama"), KVCacheConfig(max_tokens=PAGES * BLOCK, block_size=BLOCK))
+    told = evictable_when_told(engine.cache)
+
+    async def ask() -> None:
+        async with engine:
+            await engine.process_request({"token_ids": prompt(40)[0].tolist(), "max_length": 8})
+            assert told[0] == 0
+            assert told[-1] == engine.cache.pool.num_evictable == 3
+
+    anyio.run(ask)
+
+
 def tensors_beside(attachment: Attachment) -> dict[int, torch.Tensor]:
     """Every tensor in this process that could be a buffer of this cache, by its memory: no pages, no weights.
 
