@@ -66,6 +66,14 @@ class PageStorage:
             )
             self.keys.append(self._empty(num_pages, heads, self.block_size, width, device=place))
             self.values.append(self._empty(num_pages, heads, self.block_size, value_width, device=place))
+        # What a single token looks like: most writes are one, and their check must cost next to nothing.
+        self._single = [
+            (
+                torch.Size((1, keys.shape[1], 1, keys.shape[3])),
+                torch.Size((1, keys.shape[1], 1, values.shape[3])),
+            )
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
 
     def _empty(self, *shape: int, device: torch.device) -> torch.Tensor:
         # Made under inference_mode it could not be written outside of it. Made by ``torch.empty`` it would
@@ -135,10 +143,15 @@ class PageStorage:
         if done < count:
             pages[int(table[index])][:, : count - done] = new[:, done:]
 
-    def write_slot(self, layer: int, page: int, offset: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write a single token: ``key``, ``value`` ``[num_kv_heads, width]``."""
-        self.keys[layer].select(0, page).select(1, offset).copy_(key)
-        self.values[layer].select(0, page).select(1, offset).copy_(value)
+    def write_slot(self, layer: int, page: int, offset: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Write a single token that comes alone, ``[1, num_kv_heads, 1, width]``; False for other shapes."""
+        if not 0 <= layer < len(self._single) or (key.shape, value.shape) != self._single[layer]:
+            return False
+        for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
+            strides = pages.stride()
+            slot = pages.as_strided(new.shape, strides, page * strides[0] + offset * strides[2])
+            slot.copy_(new.detach())
+        return True
 
     def write_slots(
         self, layer: int, pages: torch.Tensor, offsets: torch.Tensor, key: torch.Tensor, value: torch.Tensor

@@ -145,13 +145,18 @@ class Step:
 
         Bool ``[rows, 1, 1, columns]``, or None when all are. Of steps of one token a row.
         """
-        if min(span.total for span in self.spans) >= columns:
+        if self.shortest >= columns:
             return None
         if (columns, device) not in self._seen:
             first = torch.tensor([columns - span.total for span in self.spans])
             seen = torch.arange(columns) >= first[:, None]
             self._seen[columns, device] = seen[:, None, None].to(device)
         return self._seen[columns, device]
+
+    @cached_property
+    def shortest(self) -> int:
+        """Tokens of the shortest row, new ones included: with more columns than that, some are padding."""
+        return min(span.total for span in self.spans)
 
     @cached_property
     def _slot(self) -> tuple[int, int] | None:
@@ -164,6 +169,9 @@ class Step:
         Columns that belong to no row (padding) are left out. Raises ``LayoutError`` before anything is
         written when the shapes are not the layout's.
         """
+        if self._slot is not None and self.storage.write_slot(layer, *self._slot, key, value):
+            self._written.add(layer)
+            return
         self.storage.check(layer, key, value)
         batch, tokens = self._reach
         if key.shape[0] != value.shape[0] or key.shape[0] < batch or key.shape[2] < tokens:
@@ -173,11 +181,6 @@ class Step:
             )
         key, value = key.detach(), value.detach()
         self._written.add(layer)
-        if self._slot is not None:
-            (span,) = self.spans
-            row, column = span.row, span.column
-            self.storage.write_slot(layer, *self._slot, key[row, :, column], value[row, :, column])
-            return
         if self._is_one_each:
             rows, columns, pages, offsets = self._one_each(self.storage.keys[layer].device)
             self.storage.write_slots(layer, pages, offsets, key[rows, :, columns], value[rows, :, columns])

@@ -159,6 +159,8 @@ def paged_attention_forward(
     ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, head_dim]`` and None.
     """
     if not isinstance(key, PageHandle):
+        if sliding_window is not None and getattr(_thread, "paged", False):  # a mirror, and no mask came
+            key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         if (trace := current_trace()) is not None:
             trace.attended(module, attention_mask, sliding_window)
         output, weights = sdpa_attention_forward(

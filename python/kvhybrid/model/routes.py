@@ -72,10 +72,15 @@ class PagedReader:
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return ``key`` marked with where its past lies, and ``value``."""
+        """Return ``key`` marked with where its past lies, and ``value``.
+
+        A mirror without padding is returned as it is: whatever attends to it sees what it should.
+        """
         mirror = None
         if self._is_short and key.shape[2] == 1 and len(step.spans) == key.shape[0]:
             mirror = self._mirror.read(step, layer, key, value)
+            if step.shortest == mirror[0].shape[2]:
+                return mirror
         return PageHandle.mark(key, self._attention, step, layer, mirror), value
 
     def reorder(self, rows: list[int]) -> None:
@@ -121,9 +126,11 @@ class MaterialisedReader:
                 self._storage.gather(
                     layer, span.table, start, span.past, (keys[span.row, :, held], values[span.row, :, held])
                 )
-        keys[:, :, past:total], values[:, :, past:total] = key.detach(), value.detach()
+        width = total - past
+        keys.narrow(2, past, width).copy_(key.detach())
+        values.narrow(2, past, width).copy_(value.detach())
         self._filled[layer] = total
-        return keys[:, :, :total], values[:, :, :total]
+        return keys.narrow(2, 0, total), values.narrow(2, 0, total)
 
     def _grown(
         self, layer: int, total: int, key: torch.Tensor, value: torch.Tensor

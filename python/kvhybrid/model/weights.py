@@ -48,14 +48,14 @@ class ModelState:
 
     def survey(self) -> None:
         """Find the adapters, hooks and dropout among the model's modules; weights are not looked at."""
-        modules = list(self._model.modules())
+        modules = _modules(self._model)
         self._tuners = list(_tuners(modules))
         self._droppers = [module for module in modules if _can_drop(module)] + self._tuners
         self._hooks = _hooks(modules)
 
     def look(self) -> bool:
         """Compare every weight with how it was, by identity, version and samples. True if one changed."""
-        watched = [tensor for _, tensor in _tensors(self._model) if not tensor.is_meta]
+        watched = [tensor for tensor in _weights(self._model) if not tensor.is_meta]
         seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
         self.survey()
         if seen == self._seen:
@@ -169,6 +169,29 @@ def forget_older(cache: KVCache, model: int, epoch: int) -> None:
     cache.drop_namespaces(lambda parts: parts[2:4] == mine and parts[4:5] != (str(epoch),))
 
 
+def _modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return every module once. A prompt waits for this: torch's own walk spells every name on its way."""
+    found, left = {id(model): model}, [model]
+    while left:
+        for module in left.pop()._modules.values():
+            if module is not None and id(module) not in found:
+                found[id(module)] = module
+                left.append(module)
+    return list(found.values())
+
+
+def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Return every parameter and buffer once."""
+    tensors = {
+        id(tensor): tensor
+        for module in _modules(model)
+        for held in (module._parameters, module._buffers)
+        for tensor in held.values()
+        if tensor is not None
+    }
+    return list(tensors.values())
+
+
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
@@ -212,6 +235,8 @@ def _hooks(modules: Iterable[torch.nn.Module]) -> str:
     """Name every hook that may change what flows through the model; torch never gives a number twice."""
     hooked = []
     for index, module in enumerate(modules):
+        if not module._forward_pre_hooks and not module._forward_hooks:
+            continue
         before, behind = _changing(module._forward_pre_hooks), _changing(module._forward_hooks)
         if before or behind:
             hooked.append((index, *before, -1, *behind))
