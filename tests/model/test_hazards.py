@@ -1,8 +1,39 @@
-"""What would silently poison the cache, or another user's text: each is right, or a clear error."""
+"""What would silently poison the cache, or another user's text: each is right, or a clear error.
+
+What goes wrong in silence, or with an error that explains nothing, with the caches of transformers, and the
+test that shows what happens with ours (in this file where none is named):
+
+- a cache that holds a part of the prompt: test_generate::test_prompts_that_share_an_opening_reuse_it
+- new tokens and a mask of all: test_generate::test_new_tokens_alone_continue_a_session_when_the_mask_is_whole
+- new tokens without a mask: test_tokens_without_a_mask_are_the_whole_prompt
+- a prompt that is wholly cached: test_generate::test_a_prompt_that_is_wholly_cached_gives_the_same_text
+- a cache longer than the prompt:
+  test_generate::test_a_session_longer_than_the_prompt_is_cut_to_what_they_share
+- a cache of another text:
+  test_generate::test_different_text_under_the_same_session_is_answered_for_what_it_is
+- prefill in chunks behind a cache:
+  test_generate::test_chunked_prefill_on_a_cached_prefix_equals_the_models_own
+- prompt lookup, assistants and beams on quantized caches: there are none yet, and asking for one is refused
+  (tests/test_config.py); on ours: test_ways_of_generating::test_it_gives_the_same_through_the_cache
+- rows repeated, then another step:
+  test_transformers_cache_cases::test_rows_are_repeated_and_chosen_as_in_their_own_caches
+- a deep copy: test_transformers_cache_cases::test_the_recipe_of_a_prompt_copied_for_every_question
+- crop, rows repeated, overflow of a static cache:
+  test_transformers_cache_cases::test_what_is_cropped_is_gone_and_the_rest_goes_on,
+  test_transformers_cache_cases::test_one_token_beyond_the_room_is_an_error_and_what_was_held_stays
+- crop of a window that was passed: test_a_window_that_was_passed_is_cropped_like_any_other_text
+- the batch size of a filled cache: test_transformers_cache_cases::test_shapes_of_every_kind_of_heads
+- offloaded and paged by name: who asks for another cache gets it,
+  test_ways_of_generating::test_whoever_asks_for_another_cache_or_none_gets_it_in_silence
+- a model that its own explicit cache makes say other things (MPT): the probe compares with no cache at all,
+  test_a_model_whose_own_cache_changes_its_text_is_refused
+"""
 
 from __future__ import annotations
 
+import re
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -307,3 +338,48 @@ def test_a_session_that_could_not_be_restored_for_want_of_room_is_as_it_was(atta
         expected = make_model("llama")(text).logits[:, -1:]
     assert torch.allclose(found, expected, atol=1e-3)
     session.close()
+
+
+def test_tokens_without_a_mask_are_the_whole_prompt(attached: Attachment) -> None:
+    session = attached.cache.session("talk")
+    text_of(attached.model, prompt(20), past_key_values=session)
+    new = prompt(5, seed=4)
+    assert torch.equal(text_of(attached.model, new, past_key_values=session), own_text(new))
+
+
+@pytest.mark.parametrize("route", list(Route))
+def test_a_window_that_was_passed_is_cropped_like_any_other_text(route: Route) -> None:
+    model, own = make_model("mistral-window"), make_model("mistral-window")
+    ids, other = prompt(60), prompt(9, seed=3)
+    cache = KVCache.for_model(model, KVCacheConfig(**CONFIG))
+    with Attachment(model, cache, route, "test").install(), torch.no_grad():
+        session = cache.session("window")
+        model(ids, past_key_values=session)
+        session.crop(-30)
+        found = model(other, past_key_values=session).logits
+        expected = own(torch.cat([ids[:, :30], other], dim=1)).logits[:, 30:]
+        assert torch.allclose(found, expected, atol=1e-4)
+        session.close()
+
+
+def test_a_model_whose_own_cache_changes_its_text_is_refused() -> None:
+    class Forgetful(LlamaForCausalLM):
+        """Attends to nothing before the last call, whatever its cache holds."""
+
+        def forward(self, *args: object, **kwargs: object) -> object:
+            if kwargs.get("past_key_values") is not None:
+                kwargs["past_key_values"].reset()
+                kwargs["attention_mask"] = None
+            return super().forward(*args, **kwargs)
+
+    model = Forgetful(make_model("llama").config).eval()
+    with pytest.raises(UnsupportedError, match="its own cache"):
+        kvhybrid.attach(model)
+
+
+def test_every_hazard_above_names_a_test_that_exists() -> None:
+    named = re.findall(r"(?:(\w+)::)?(test_\w{15,})", __doc__)
+    assert len(named) > 15
+    for file, test in named:
+        source = Path(__file__).with_stem(file or "test_hazards").read_text(encoding="utf-8")
+        assert f"def {test}(" in source, f"{file}::{test}"
