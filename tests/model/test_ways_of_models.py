@@ -85,7 +85,7 @@ REFUSED = {
     "attention in both directions": (lambda: BertLMHeadModel(BertConfig(**BERT)), "no KV cache|other logits"),
     "a state": (
         lambda: MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=48, num_hidden_layers=2)),
-        "without attention|recurrent|linear",
+        "without attention|state",
     ),
     "a layer": (lambda: torch.nn.Linear(3, 3), "Linear does not generate"),
     "a name": (lambda: "llama", "str does not generate"),
