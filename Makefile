@@ -12,6 +12,12 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 # uv installs torch by hard link; where it is missing the environment gets its own.
 UV = $(if $(shell uv --version 2>/dev/null),uv,$(BIN)/uv)
 
+# The versions of transformers that are tested beside the newest, each in an environment of its own.
+OLDEST := 4.57.6
+VERSIONS := $(OLDEST) 5.18.0
+ENV_OF = .venv-transformers-$(1)
+WITH = PYTHONPATH=python $(call ENV_OF,$(1))/bin/python
+
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find rust -name '*.rs' -o -name Cargo.toml)
 CARGO := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo
 
@@ -19,10 +25,10 @@ CARGO := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo
 # what the examples' clients depend on in turn asks for a newer transformers than the package does.
 DEPENDENCY_GROUPS ?= dev examples
 
-.PHONY: help env demo examples test test-rust test-python lint format bench build clean
+.PHONY: help env demo examples test test-rust test-python test-oldest test-transformers lint format bench build clean
 
 help: ## show this menu
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 env: $(VENV)/.built ## create .venv with everything in it, and build the extension
 	@true
@@ -40,6 +46,18 @@ test-rust: $(VENV)/.installed
 
 test-python: env
 	$(BIN)/python -m pytest
+
+test-oldest: env $(call ENV_OF,$(OLDEST))/.installed ## the tests of models on the oldest transformers that is served
+	$(call WITH,$(OLDEST)) -m pytest tests/model tests/cache
+
+test-transformers: env $(foreach version,$(VERSIONS),$(call ENV_OF,$(version))/.installed) ## the same on every version, and docs/compatibility.md
+	$(foreach version,$(VERSIONS),$(call WITH,$(version)) -m pytest tests/model tests/cache &&) true
+	$(BIN)/python -m pytest tests/model tests/cache
+	@mkdir -p target/compatibility
+	$(foreach version,$(VERSIONS),$(call WITH,$(version)) tests/compatibility.py --json target/compatibility/$(version).json &&) true
+	$(BIN)/python tests/compatibility.py --json target/compatibility/newest.json
+	$(BIN)/python tests/compatibility.py --table $(VERSIONS:%=target/compatibility/%.json) target/compatibility/newest.json \
+		| tee docs/compatibility.md
 
 lint: env ## formatting, lints, types, the extension's stub, the workflow files
 	$(BIN)/ruff format --check
@@ -62,7 +80,7 @@ build: $(VENV)/.installed ## the wheel, into dist/
 	$(BIN)/maturin build --release --out dist --interpreter $(BIN)/python
 
 clean: ## remove whatever these targets made
-	rm -rf $(VENV) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benches/.asv
+	rm -rf $(VENV) $(foreach version,$(VERSIONS),$(call ENV_OF,$(version))) target dist .mypy_cache .ruff_cache .pytest_cache .hypothesis benches/.asv
 	find python tests benches examples scripts -name __pycache__ -prune -exec rm -rf {} +
 	rm -f python/kvhybrid/_core*.so python/kvhybrid/_core*.pyd
 
@@ -74,6 +92,12 @@ $(VENV)/.created:
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra cli $(DEPENDENCY_GROUPS:%=--group %)
+	@touch $@
+
+.venv-transformers-%/.installed: $(VENV)/.created pyproject.toml
+	$(UV) venv --quiet --clear --python $(BIN)/python .venv-transformers-$*
+	$(UV) pip install --quiet --python .venv-transformers-$*/bin/python --requirements pyproject.toml \
+		--extra transformers --group test "transformers==$*"
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(RUST_SOURCES)

@@ -89,6 +89,15 @@ def measure_layers(model: PreTrainedModel) -> MeasuredLayers:
     )
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Return where the model's inputs belong: with its weights, or, offloaded, where they are computed."""
+    device = next(model.parameters()).device
+    if device.type != "meta":
+        return device
+    execution = getattr(getattr(model, "_hf_hook", None), "execution_device", None)  # accelerate's
+    return torch.device(execution if execution is not None else "cpu")
+
+
 def layer_kinds(config: Any) -> list[str]:
     """Return what the configuration calls each of its layers; empty when it does not say."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -98,10 +107,7 @@ def layer_kinds(config: Any) -> list[str]:
 
 def _run(model: PreTrainedModel, name: str) -> Any:
     """Return the cache that the model made for itself over a few tokens."""
-    device = next(model.parameters()).device
-    if device.type == "meta":  # offloaded: accelerate brings inputs to where they are computed
-        device = torch.device("cpu")
-    ids = torch.arange(TOKENS, device=device)[None]
+    ids = torch.arange(TOKENS, device=input_device(model))[None]
     was_training = model.training
     model.eval()
     try:

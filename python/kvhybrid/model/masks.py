@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvhybrid.cache.measured import input_device
 from kvhybrid.model.padding import vocab_size
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def obstacle_to_pages(model: PreTrainedModel) -> str | None:
 
     The model must attend through us (``switch_on``); nothing is read from pages.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     ids = (torch.arange(2 * TOKENS) % vocab_size(model)).view(2, TOKENS)
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0

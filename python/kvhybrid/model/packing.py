@@ -13,6 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid._core import Batch, CapacityError
+from kvhybrid.cache.measured import input_device
 from kvhybrid.cache.step import Step
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.padding import vocab_size
@@ -70,7 +71,7 @@ def _own_logits(model: PreTrainedModel, texts: list[np.ndarray]) -> list[torch.T
     for counts in STEPS:
         rows = []
         for row, count in enumerate(counts):
-            ids = torch.from_numpy(texts[row][done[row] : done[row] + count]).to(model.device)
+            ids = torch.from_numpy(texts[row][done[row] : done[row] + count]).to(input_device(model))
             output = model(input_ids=ids[None], past_key_values=caches[row], use_cache=True)
             rows.append(output.logits[0, -1].float())
             done[row] += count

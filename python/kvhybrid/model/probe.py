@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.cache.measured import measure_layers
+from kvhybrid.cache.measured import input_device, measure_layers
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 from kvhybrid.model.interface import own_implementation, switch_off, switch_on
@@ -249,7 +249,7 @@ def difference(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) ->
 def _text(model: PreTrainedModel) -> torch.Tensor:
     """Return the probe's text, ``[2, tokens]``."""
     total = sum(STEPS)
-    return ((torch.arange(2 * total) * 7 + 3) % vocab_size(model)).view(2, total).to(model.device)
+    return ((torch.arange(2 * total) * 7 + 3) % vocab_size(model)).view(2, total).to(input_device(model))
 
 
 def _logits(model: PreTrainedModel, cache: Cache | None, steps: tuple[int, ...] = STEPS) -> torch.Tensor:

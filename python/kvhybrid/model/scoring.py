@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvhybrid.cache.measured import input_device
 from kvhybrid.errors import InvalidRequestError
 from kvhybrid.model.padding import read_ids
 
@@ -45,7 +46,8 @@ def score_continuations(
     """
     if batch_size < 1:
         raise InvalidRequestError(f"batch_size must be at least 1, got {batch_size}")
-    model, device = attachment.model, attachment.model.device
+    model = attachment.model
+    device = input_device(model)
     prompt = torch.tensor([list(context)], dtype=torch.long, device=device)
     texts = [torch.tensor(list(text), dtype=torch.long, device=device) for text in continuations]
     for text in texts:
