@@ -31,10 +31,12 @@ MATERIALISED = [
     *("bloom", "falcon", "mpt", "gpt_oss", "gemma2", "deepseek_v2", "deepseek_v3", "llama4_text"),
     *("gptj", "gpt_neo", "codegen", "xglm", "doge"),
 ]
-# Their attention in transformers 4 computes with K, or is called past the interface that we replace.
-LATER_PAGED = {"gpt_bigcode", "nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm"}
+# In transformers 4 their attention computes with K, or is called past the interface that we replace,
+LATER_PAGED = {"nemotron", "olmoe", "phimoe", "qwen2_moe", "stablelm"}
+# or goes by masks of its own making.
+LATER_PAGED |= {"granitemoe", "opt", "persimmon"}
 # What transformers 4 has another cache for, or none that works.
-LATER = {"lfm2", "xglm", "deepseek_v3", "gemma3n_text"}
+LATER = {"lfm2", "xglm", "deepseek_v3", "gemma3n_text", "doge"}
 IS_4 = transformers.__version__.startswith("4.")
 
 

@@ -13,6 +13,7 @@ import kvhybrid
 from kvhybrid import KVCache, KVCacheConfig, LayoutError, UnsupportedError
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.layout import KVLayout
+from kvhybrid.model import probe
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.probe import STEPS, choose_route, try_routes
 from kvhybrid.model.routes import Route
@@ -99,3 +100,36 @@ def test_a_layer_on_another_device_has_its_pages_there(monkeypatch) -> None:
     assert [device.type for device in measure_layers(model).devices] == ["cpu", "cpu", "meta"]
     storage = KVCache.for_model(model, KVCacheConfig(max_tokens=64, block_size=16)).storage
     assert [pages.device.type for pages in storage.keys] == ["cpu", "cpu", "meta"]
+
+
+def test_a_model_that_says_something_else_without_a_mask_is_refused(monkeypatch) -> None:
+    model = make_model("llama")
+    layout, forward = layout_of(model), model.forward
+
+    def unmasked(**kwargs):
+        output = forward(**kwargs)
+        if kwargs.get("attention_mask") is None:
+            output.logits = output.logits + torch.randn_like(output.logits)
+        return output
+
+    monkeypatch.setattr(model, "forward", unmasked)
+    with pytest.raises(UnsupportedError, match=r"for a text alone than beside a padded one: .* \d"):
+        choose_route(model, layout)
+
+
+def test_a_model_whose_generate_writes_another_text_over_us_is_refused(monkeypatch) -> None:
+    model = make_model("llama")
+    texts = iter([torch.tensor([[5]]), torch.tensor([[6]]), torch.tensor([[6]])])
+    monkeypatch.setattr(probe, "written_by", lambda *_: next(texts))
+    with pytest.raises(UnsupportedError, match=r"paged: generate writes another.*materialised: generate"):
+        choose_route(model, layout_of(model))
+
+
+def test_a_model_that_cannot_generate_is_judged_by_its_logits(monkeypatch) -> None:
+    model = make_model("llama")
+
+    def fail(*args, **kwargs):
+        raise AttributeError("generate")
+
+    monkeypatch.setattr(model, "generate", fail)
+    assert choose_route(model, layout_of(model))[0] is Route.PAGED

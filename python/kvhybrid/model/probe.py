@@ -24,6 +24,7 @@ from kvhybrid.model.layer_states import state_layers
 from kvhybrid.model.masks import obstacle_to_pages
 from kvhybrid.model.original import has_compiled_parts
 from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.probe_calls import plain_logits, written_by
 from kvhybrid.model.probe_states import describe_states, logits_alone, refuse_states, resumed_logits
 from kvhybrid.model.routes import Route
 
@@ -130,6 +131,12 @@ def own_logits(model: PreTrainedModel, layout: KVLayout) -> torch.Tensor:
             f"{name} gives other logits through its own cache than without one: they differ by {off:.2g}, "
             f"{allowed:.2g} is allowed"
         )
+    plain = logits_alone(model, _text(model)[1:])
+    if not (off := _distance(alone[1:], plain, layout)) <= allowed:
+        raise UnsupportedError(
+            f"{name} gives other logits for a text alone than beside a padded one: they differ by {off:.2g}, "
+            f"{allowed:.2g} is allowed"
+        )
     if layout.state_bytes:
         unpadded = logits_alone(model, _text(model)[:1, PADDING:])
         if not (off := _distance(alone[:1, PADDING:], unpadded, layout)) <= allowed:
@@ -147,13 +154,16 @@ def _distance(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) -> 
 
 def _try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
     expected = own_logits(model, layout)
+    try:
+        text = written_by(model, _text(model), _mask(model))
+    except Exception:  # noqa: BLE001  # a model that cannot generate has no text to differ from
+        text = None
     trials = []
     for route in (Route.PAGED, Route.MATERIALISED):
         problem = obstacle_to_paging(model) if route is Route.PAGED else None
         found = None
         if problem is None:
-            found = _try(model, layout, route)
-            problem = found if isinstance(found, str) else difference(found, expected, layout)
+            found, problem = _try(model, layout, route, expected, text)
         if problem is None and layout.state_bytes:
             problem = _try_states(model, layout, route, expected[1:])
         off = float((found - expected).abs().max()) if isinstance(found, torch.Tensor) else None
@@ -177,18 +187,32 @@ def obstacle_to_paging(model: PreTrainedModel) -> str | None:
         switch_off(model)
 
 
-def _try(model: PreTrainedModel, layout: KVLayout, route: Route) -> torch.Tensor | str:
-    """Run the probe over ``route``; return the logits, or what is wrong."""
+def _try(
+    model: PreTrainedModel, layout: KVLayout, route: Route, expected: torch.Tensor, text: torch.Tensor | None
+) -> tuple[torch.Tensor | None, str | None]:
+    """Run the probe over ``route``; return the logits, if any, and what is wrong, if anything."""
     from kvhybrid.model.attach import Attachment
 
-    cache = trial_cache(model, layout, [sum(STEPS)] * 2)
+    cache = trial_cache(model, layout, [sum(STEPS)] * 6)
     attachment = Attachment(model, cache, route, "probe").install()
     try:
-        return _logits(model, cache.session("probe"))
+        found = _logits(model, cache.session("probe"))
+        if (problem := difference(found, expected, layout)) is not None:
+            return found, problem
+        plain = plain_logits(model, _text(model)[1:], cache.session("plain"), STEPS)
+        if not (off := _distance(plain, expected[1:], layout)) <= allowance(expected, layout):
+            return found, f"logits of a text alone differ by {off:.2g}"
+        if text is not None:
+            again = written_by(model, _text(model), _mask(model))
+            # In halves two tokens may be equally likely.
+            if layout.dtype == "float32" and not torch.equal(again, text):
+                return found, "generate writes another text for a padded batch"
     except CapacityError:
         raise
     except Exception as error:  # noqa: BLE001  # whatever a model raises, it is the reason not to
-        return reason(error)
+        return None, reason(error)
+    else:
+        return found, None
     finally:
         attachment.detach()
 
@@ -252,11 +276,16 @@ def _text(model: PreTrainedModel) -> torch.Tensor:
     return ((torch.arange(2 * total) * 7 + 3) % vocab_size(model)).view(2, total).to(input_device(model))
 
 
+def _mask(model: PreTrainedModel) -> torch.Tensor:
+    """Return the attention mask of the probe's text: its first row begins with padding."""
+    mask = torch.ones_like(_text(model))
+    mask[0, :PADDING] = 0
+    return mask
+
+
 def _logits(model: PreTrainedModel, cache: Cache | None, steps: tuple[int, ...] = STEPS) -> torch.Tensor:
     """Run the probe's text through ``model``; return its logits ``[2, tokens, vocab]``, zeros for padding."""
-    ids = _text(model)
-    mask = torch.ones_like(ids)
-    mask[0, :PADDING] = 0
+    ids, mask = _text(model), _mask(model)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     # Models that count positions themselves (BLOOM) have no such argument.
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters

@@ -1,0 +1,48 @@
+"""What the probe asks of the calls that people make, beside its own: a text alone, and ``generate``.
+
+The probe says where everything lies: masks, positions. Whoever calls a model seldom does, and some models
+then count or mask in a way of their own, which goes by their own cache.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, cast
+
+import torch
+from transformers import GenerationConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+# Columns of the prompt that is generated from, and new tokens.
+PROMPT, NEW = 12, 3
+
+
+def plain_logits(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, steps: tuple[int, ...]
+) -> torch.Tensor:
+    """Return the logits ``[1, tokens, vocab]`` of ``ids`` ``[1, tokens]`` fed in steps, and nothing else."""
+    kept, done = [], 0
+    for width in steps:
+        output = model(input_ids=ids[:, done : done + width], past_key_values=cache, use_cache=True)
+        kept.append(output.logits.float())
+        done += width
+    return torch.cat(kept, dim=1)
+
+
+def written_by(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return what ``generate`` writes, greedily, behind the first columns of a left-padded batch."""
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        generate = cast("Callable[..., object]", model.generate)
+        # Asked for, because some configurations (MPT's) turn it off.
+        found = generate(
+            ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], generation_config=config, use_cache=True
+        )
+    assert isinstance(found, torch.Tensor)
+    return found[:, PROMPT:]
