@@ -109,6 +109,7 @@ def test_where_two_texts_parted_a_third_goes_on(attachment: Attachment) -> None:
         held += session.cached_tokens
     # The first saw no reason to keep a state at 32, the second could not use what was not there.
     assert held == [0, 0, 32]
+    assert stat(attachment, "cached_tokens") == 32
 
 
 def test_long_prompts_keep_states_on_the_way(attachment: Attachment, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,7 @@ class KVCache:
             self.storage.settled = self._collector.look
         self._tensors = TensorSessions(self.pool, self.storage)
         self._cleared_pages = 0
+        self._given_up = 0  # tokens that were found cached and had to be computed all the same
         self._lock = threading.RLock()
         self._namespaces: dict[tuple[str, ...], int] = {}
         self._numbers = itertools.count()
@@ -219,6 +220,7 @@ class KVCache:
         counters = self.pool.statistics()
         used = counters["num_pages"] - counters["free_pages"]
         asked = counters["queried_tokens"]
+        counters["cached_tokens"] -= self._given_up
         page = self.layout.bytes_per_page
         return {
             "hit_rate": counters["cached_tokens"] / asked if asked else 0.0,
@@ -236,6 +238,12 @@ class KVCache:
             **counters,
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
+
+    def give_up(self, tokens: int) -> None:
+        """Count ``tokens`` that were found cached, but behind where every row of a batch can go on from."""
+        if tokens:
+            with self._lock:
+                self._given_up += tokens
 
     def clear(self) -> int:
         """Evict every page that nobody holds and return how many left."""

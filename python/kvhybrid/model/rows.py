@@ -77,11 +77,13 @@ class Rows:
         cut -= cut % grid
         if states is not None:
             cut = states.resume(list(zip(pads, sequences, strict=True)), cut, grid)
+        found = sum(row.length for row in sequences)
         for pad, row, text in zip(pads, sequences, texts, strict=True):
             keep = max(cut - pad, 0)
             if row.length > keep:
                 row.truncate(keep)
                 row.append(text[keep:])
+        cache.give_up(found - sum(row.length for row in sequences))
         return cls(cache, sequences, list(pads), cut)
 
     def __len__(self) -> int:

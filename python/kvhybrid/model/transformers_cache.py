@@ -146,6 +146,13 @@ class PagedSession(Cache):
         self._touch(layer_idx)
         return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
 
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        """Replace a layer's recurrent state."""
+        self._touch(layer_idx)
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns held, padding included."""
         return self.rows.columns
