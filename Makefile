@@ -36,7 +36,7 @@ env: $(VENV)/.built ## create .venv with everything in it, and build the extensi
 demo: env ## several sessions on the embedded model: time to first token with and without reuse
 	$(BIN)/kvhybrid demo
 
-examples: env ## peft, outlines, lm-eval and langchain over the embedded model, and what each saves
+examples: env ## every program of examples/ on the embedded model, and what each saves
 	for program in $$(grep -l __main__ examples/*.py); do HF_HUB_OFFLINE=1 $(BIN)/python $$program || exit 1; done
 
 test: test-rust test-python ## all tests
