@@ -244,7 +244,9 @@ class Player:
 
     def crop(self) -> None:
         talk = self.talk()
-        count = self.random.randint(0, min(4, len(talk.text)))
+        if not talk.text:
+            return  # before transformers 5, crop(0) keeps nothing
+        count = self.random.randint(1, min(4, len(talk.text)))
         talk.session.crop(-count)
         talk.text = talk.text[: len(talk.text) - count]
 
