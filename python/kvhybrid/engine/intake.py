@@ -18,7 +18,7 @@ from kvhybrid.engine.running import Running
 from kvhybrid.engine.stream import Stream
 from kvhybrid.engine.ticket import Ticket
 from kvhybrid.errors import ClosedError, KVHybridError
-from kvhybrid.model.passes import GRID
+from kvhybrid.model.grid import GRID
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,10 +18,10 @@ import torch
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, LayoutError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.grid import GRID
 from kvhybrid.model.interface import (
     model_number,
     own_implementation,
-    reading_pages,
     switch_off,
     switch_on,
 )
@@ -36,11 +36,11 @@ from kvhybrid.model.obstacles import (
     precision_of,
 )
 from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
-from kvhybrid.model.padding import column_of, vocab_size
-from kvhybrid.model.passes import GRID, WHOLE, join, narrow, parts, widen
+from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.session_states import SessionStates
+from kvhybrid.model.stepping import Stepping
 from kvhybrid.model.transformers_cache import PagedSession
 from kvhybrid.model.weights import ModelState, Tenancy
 
@@ -64,8 +64,8 @@ class Attachment:
         self.weights = ModelState(model)
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
-        self._plain_forward = plain_forward(model)
         self._parameters = list(inspect.signature(model.forward).parameters)
+        self._stepping = Stepping(plain_forward(model), self._parameters)
         self._state_layers = state_layers(model.config)
         if bool(self._state_layers) != bool(cache.layout.state_bytes):
             kept = name_layers(model.config, self._state_layers) or "no layer"
@@ -188,7 +188,7 @@ class Attachment:
         if isinstance(chunk, int) and chunk > 0:
             kwargs["prefill_chunk_size"] = None  # the prompt is cut here, behind what is cached of it
         mask = mask_of(ids, kwargs, config)
-        with session.rows.in_use():
+        with session.rows.owner.in_use():
             try:
                 session.rows.prepare(ids, mask)
             except UnsupportedError as error:
@@ -262,106 +262,19 @@ class Attachment:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def _step(self, session: PagedSession, kwargs: dict[str, Any]) -> Any:
-        """Run a call of ``forward`` over a session, as plain code: pages cannot be traced."""
+        """Run a call of ``forward`` over a session, if it can take it."""
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
         if rows.rows is None:
             self.weights.survey()
-        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out) or self._obstacle_in_model()
+        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out)
+        if rows.owner.depth == 0:  # inside a call of ``generate`` the model was asked before
+            obstacle = obstacle or self._obstacle_in_model()
         if obstacle is not None:
             raise UnsupportedError(f"a session cannot take {obstacle}")
-        with rows.in_use():
-            self._recompute(rows, session, kwargs)
-            if skip := rows.refed(kwargs["input_ids"], column_of(kwargs)):
-                for name in ("input_ids", "position_ids", "cache_position"):
-                    if kwargs.get(name) is not None:
-                        kwargs[name] = kwargs[name][..., skip:]
-            return self._run(rows, kwargs)
-
-    def _recompute(self, rows: SessionRows, session: PagedSession, kwargs: dict[str, Any]) -> None:
-        """Compute again what was lost while the session was released."""
-        lost = rows.reopen()
-        if lost is None:
-            return
-        again, seen = (t.to(kwargs["input_ids"].device) for t in lost)
-        try:
-            self.forward(input_ids=again, attention_mask=seen, past_key_values=session, use_cache=True)
-        except BaseException:
-            rows.stay_released()
-            raise
-
-    def _run(self, rows: SessionRows, kwargs: dict[str, Any]) -> Any:
-        """Run a call as the forward passes that it must be: equal rows once, and cut where the grid cuts."""
-        each = rows.repeats(kwargs["input_ids"])
-        call = narrow(kwargs, each) if each > 1 else kwargs
-        stops = rows.stops(call["input_ids"].shape[1])
-        whole = next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None)
-        if whole and not self._grid:
-            stops = stops[-1:]  # cut for states alone: fewer of them are kept
-        if len(stops) == 1:
-            output = self._pass(rows, call)
-        else:
-            if whole and self._grid:
-                raise UnsupportedError(
-                    f"a session cannot take {whole} in a call of {len(stops)} forward passes: "
-                    f"reproducible=True cuts every {self._grid} tokens"
-                )
-            before = rows.mark()
-            try:
-                output = join([self._pass(rows, part) for part in parts(call, rows.columns, stops)], call)
-            except BaseException:
-                rows.rewind(before)
-                raise
-        if each > 1:
-            rows.repeat(each)
-            output = widen(output, each)
-        return output
-
-    def _pass(self, rows: SessionRows, call: dict[str, Any]) -> Any:
-        """Run one forward pass as one step of the session."""
-        call = dict(call)
-        rows.begin(call["input_ids"], call.get("attention_mask"))
-        try:
-            self._place(rows, call)
-            with reading_pages(rows.reader.reads_pages):
-                output = self._plain_forward(**call)
-        except BaseException as error:
-            rows.finish(success=False)
-            if type(error).__module__.startswith("torch._dynamo"):
-                raise UnsupportedError(
-                    "a part of the model was compiled after attach, and pages cannot be traced: detach and "
-                    "attach again"
-                ) from error
-            raise
-        rows.finish(success=True)
-        return output
-
-    def _place(self, rows: SessionRows, call: dict[str, Any]) -> None:
-        """See to it that tokens stand where they are cached: at their place in the text, padding not counted.
-
-        Raises ``UnsupportedError`` for other positions: others would find K that was turned another way.
-        """
-        assert rows.rows is not None
-        ids = call["input_ids"]
-        positions, is_token = rows.rows.positions(ids.shape[1])
-        given = call.get("position_ids")
-        columns = call.get("cache_position")
-        if columns is not None and columns.tolist() != list(range(rows.columns, rows.columns + ids.shape[1])):
-            raise UnsupportedError(
-                f"a session of {rows.columns} columns cannot take a cache_position of other ones"
-            )
-        if given is None:
-            # Without padding the model's own count is right; with it, it counts the padding. Some models
-            # with layers that keep a state count from 0 in every forward pass.
-            if (any(rows.rows.pads) or rows.states is not None) and "position_ids" in self._parameters:
-                call["position_ids"] = torch.from_numpy(positions).to(ids.device)
-            return
-        fits = given.dim() == 2 and given.shape[1] == positions.shape[1]
-        if not fits or ((given.cpu().numpy() != positions) & is_token).any():
-            raise UnsupportedError(
-                "a session cannot take position_ids other than each token's place in its text"
-            )
+        with rows.owner.in_use():
+            return self._stepping.run(session, kwargs)
 
     def __repr__(self) -> str:
         return f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {self.cache!r}>"

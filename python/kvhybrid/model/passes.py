@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
     Arguments = dict[str, Any]
 
-# Tokens a forward pass with ``reproducible``: long enough that a prefill costs little more, short enough
-# that most of a prompt lies before the last multiple.
-GRID = 512
-
 KEEPS = ("logits_to_keep", "num_logits_to_keep")
 # Asked for with these, an output is no row of values a token, and cannot be joined.
 WHOLE = ("labels", "output_router_logits")

@@ -108,6 +108,33 @@ class Rows:
         positions = columns - np.array(self.pads)[:, None]
         return positions.clip(min=0), positions >= 0
 
+    def refed(self, ids: Ids, before: int | None) -> int:
+        """Return how many leading columns of ``ids`` are held and were fed all the same.
+
+        Assisted decoding feeds candidates behind what is to compute, and since transformers 5 the whole
+        prompt in front of it; it reads the last logits alone. ``before``: the column at which the call
+        says that its tokens begin, None when it does not say.
+        """
+        if not 0 < self.pending < ids.shape[1] or before == self.columns:
+            return 0
+        for row, (pad, held) in enumerate(zip(self.pads, self.held(), strict=True)):
+            if not np.array_equal(ids[row, pad : self.columns], held):
+                if before is None:
+                    return 0  # what is to compute, and more: ``feed`` compares it
+                raise InvalidRequestError(
+                    f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared"
+                )
+        return self.columns
+
+    def repeats(self, input_ids: torch.Tensor) -> int:
+        """Return how often each prepared row comes, side by side: beams and several answers a prompt."""
+        count = len(self)
+        if self.pending == 0 or len(input_ids) % count:
+            return 1
+        each = len(input_ids) // count
+        is_same = each > 1 and bool((input_ids.view(count, each, -1) == input_ids[::each, None]).all())
+        return each if is_same else 1
+
     def feed(self, ids: Ids) -> Fed:
         """Match ``ids`` ``[rows, width]``, the next columns, to the pending tokens, or append them.
 

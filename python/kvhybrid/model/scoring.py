@@ -53,7 +53,7 @@ def score_continuations(
     for text in texts:
         read_ids(text[None], attachment.vocab_size)
     session = attachment.session("")
-    with session.rows.in_use():
+    with session.rows.owner.in_use():
         try:
             session.rows.prepare(prompt, None)
             held, last = session.get_seq_length(), prompt.shape[1] - 1

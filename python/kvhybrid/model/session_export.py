@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kvhybrid.errors import CorruptPageError, InvalidRequestError, LayoutError
-from kvhybrid.model.session_rows import Released
+from kvhybrid.model.released import Released
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,7 +73,7 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     tensors = _tensors(layers, text, rows)
     rows.restore(text)
     # On a grid, only what was computed on it may be used.
-    if rows.grid or (lost := rows.reopen()) is None:
+    if rows.grid.width or (lost := rows.reopen()) is None:
         rows.release()
         return
     ids, mask = lost

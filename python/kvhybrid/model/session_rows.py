@@ -7,24 +7,23 @@ and nothing of ``transformers``.
 
 from __future__ import annotations
 
-import threading
-from contextlib import contextmanager
-from dataclasses import dataclass
+import weakref
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
-from kvhybrid.errors import ClosedError, InvalidRequestError, UnsupportedError
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.grid import Grid
+from kvhybrid.model.ownership import Ownership
 from kvhybrid.model.padding import has_padding, read_ids, read_padding
+from kvhybrid.model.released import NOTHING, Released
 from kvhybrid.model.rows import Fed, Rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    import torch
 
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.cache.step import Step
-    from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
     from kvhybrid.model.rows import Text
     from kvhybrid.model.session_states import SessionStates
@@ -38,18 +37,6 @@ class Weights(Protocol):
 
     def is_stale(self) -> bool:
         """Return whether the model has changed since ``namespace`` was last asked."""
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """What a session without pages remembers: the computed tokens of its rows."""
-
-    texts: list[Text]
-    pads: list[int]
-    columns: int
-
-
-NOTHING = Released([], [], 0)
 
 
 class SessionRows:
@@ -78,7 +65,7 @@ class SessionRows:
         self.step: Step | None = None
         self.rows: Rows | None = None
         self.cached: list[int] = []
-        self.grid = grid
+        self.grid = Grid(grid)
         self.states = states
         self._weights = weights
         self.vocab_size = vocab_size
@@ -87,28 +74,7 @@ class SessionRows:
         self._reopening = NOTHING
         self._fed: Fed | None = None
         self._width = 0  # columns of the step under way
-        self._exact = 0  # columns computed on the grid, from the first one on
-        self._closed = False
-        self._lock = threading.RLock()
-        self._depth = 0  # how often its owner has entered ``in_use``
-        self._is_closing = False
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Own the session for a while; re-entrant for its thread.
-
-        Raises ``InvalidRequestError`` while another thread owns it: one text has one next token.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise InvalidRequestError(f"session {self.name!r} is in use by another thread")
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-            if self._is_closing and self._depth == 0:
-                self._close()
-            self._lock.release()
+        self.owner = Ownership(name, weakref.WeakMethod(self.reset))
 
     @property
     def num_rows(self) -> int:
@@ -124,7 +90,7 @@ class SessionRows:
         """Return what is computed of every row, pages or not."""
         if self.rows is None:
             return self._released
-        return Released([text.copy() for text in self.rows.held()], list(self.rows.pads), self.rows.columns)
+        return Released.of(self.rows)
 
     def prepare(self, input_ids: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Take a whole prompt, before it is sliced: line the rows up with what is cached of it.
@@ -132,7 +98,7 @@ class SessionRows:
         ``input_ids`` ``[batch, tokens]``; with a ``mask`` that is longer, they continue the session's text.
         Afterwards ``columns`` says how many columns need not be computed.
         """
-        self._check_open()
+        self.owner.check_open()
         ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() == 2 and mask.shape[1] > width:
@@ -150,7 +116,7 @@ class SessionRows:
         """Open rows in place of those held; new ones first, so that shared pages do not leave in between."""
         share = True
         parts: tuple[str, ...] = ()
-        if self.grid and len(texts) > 1:
+        if self.grid.width and len(texts) > 1:
             # A batch of another shape adds up in another order.
             parts = ("batch", repr(pads))
             share = not self._mixes_rows
@@ -162,55 +128,24 @@ class SessionRows:
             namespace,
             reuse=reuse and share,
             share=share,
-            grid=self.grid or 1,
+            grid=self.grid.width or 1,
             states=self.states,
         )
         old, self.rows, self._released = self.rows, rows, NOTHING
         if old is not None:
             old.close()
-        self._exact = rows.columns
+        self.grid.exact = rows.columns
         self.cached = [row.length for row in rows.sequences]
         self.reader.forget(0)
         return rows
 
-    def refed(self, input_ids: torch.Tensor, before: int | None = None) -> int:
-        """Return how many leading columns of a forward pass are cached and were fed all the same.
-
-        Assisted decoding feeds candidates behind what is to compute, and since transformers 5 the whole
-        prompt in front of it; it reads the last logits alone. ``before``: the column at which the call
-        says that its tokens begin, None when it does not say.
-        """
-        rows = self.rows
-        if rows is None or not 0 < rows.pending < input_ids.shape[1] or before == rows.columns:
-            return 0
-        ids = read_ids(input_ids, self.vocab_size)
-        for row, (pad, held) in enumerate(zip(rows.pads, rows.held(), strict=True)):
-            if not np.array_equal(ids[row, pad : rows.columns], held):
-                if before is None:
-                    return 0  # what is to compute, and more: ``begin`` compares it
-                raise InvalidRequestError(
-                    f"row {row}: the {ids.shape[1]} tokens fed are not the prompt prepared"
-                )
-        return rows.columns
-
-    def repeats(self, input_ids: torch.Tensor) -> int:
-        """Return how often each prepared row comes, side by side: beams and several answers a prompt."""
-        count = self.num_rows
-        if self.rows is None or self.rows.pending == 0 or len(input_ids) % count:
-            return 1
-        each = len(input_ids) // count
-        is_same = each > 1 and bool((input_ids.view(count, each, -1) == input_ids[::each, None]).all())
-        return each if is_same else 1
-
     def stops(self, width: int) -> list[int]:
         """Return the columns at which forward passes over the next ``width`` columns must end."""
         start, stop = self.columns, self.columns + width
-        if not self.grid:
-            return [*self._state_stops(start, stop), stop]
-        return [*range(start - start % self.grid + self.grid, stop, self.grid), stop]
+        return [*(self.grid.stops(start, stop) or self._state_stops(start, stop)), stop]
 
     def _state_stops(self, start: int, stop: int) -> list[int]:
-        if self.states is None:
+        if self.states is None or self.grid.width:
             return []
         # Of a text that was not prepared nothing is known yet, padding included: its first pass is not cut.
         if self.rows is None:
@@ -225,7 +160,7 @@ class SessionRows:
         first, or None.
         """
         # Inside a call of ``generate`` the weights are those that it began with.
-        if self.rows is not None and self._depth == 1 and self._weights.is_stale():
+        if self.rows is not None and self.owner.depth == 1 and self._weights.is_stale():
             self.release()
         released = self._released
         if self.rows is not None or not released.texts:
@@ -238,11 +173,7 @@ class SessionRows:
             rows.columns = released.columns
             return None
         self._reopening = released
-        ids = np.zeros((len(rows), released.columns), np.int64)
-        mask = np.zeros_like(ids)
-        for index, (pad, text) in enumerate(zip(released.pads, released.texts, strict=True)):
-            ids[index, pad:], mask[index, pad:] = text, 1
-        return torch.from_numpy(ids[:, rows.columns :]), torch.from_numpy(mask)
+        return released.behind(rows.columns)
 
     def stay_released(self) -> None:
         """Undo a ``reopen`` whose lost columns could not be computed again."""
@@ -255,7 +186,7 @@ class SessionRows:
         Raises ``InvalidRequestError`` when they do not, ``CapacityError`` when the pages do not suffice;
         the session is then as it was.
         """
-        self._check_open()
+        self.owner.check_open()
         if self.step is not None:
             raise InvalidRequestError("a forward pass of this session is still under way")
         ids = read_ids(input_ids, self.vocab_size)
@@ -277,7 +208,8 @@ class SessionRows:
             self.repeat(batch // len(rows))
         if mask is not None and not has_padding(mask, rows.pads, rows.columns + width):
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
-        fed = self._feed(rows, ids)
+        self.grid.bound(rows, width)
+        fed = rows.feed(ids)
         try:
             self.step = rows.plan(fed)
         except BaseException:
@@ -293,15 +225,6 @@ class SessionRows:
         self.reader.start(columns)
         if self.states is not None:
             self.states.live.settle()
-
-    def _feed(self, rows: Rows, ids: Ids) -> Fed:
-        if self.grid:
-            width = ids.shape[1]
-            if rows.columns == self._exact and width == self.grid:
-                rows.share_up_to(self._exact + width)
-            else:
-                rows.share_up_to(self._exact)
-        return rows.feed(ids)
 
     def finish(self, *, success: bool) -> None:
         """End the forward pass: its K and V count, or they never happened."""
@@ -324,10 +247,9 @@ class SessionRows:
             step.abandon()
             raise UnsupportedError(f"the forward pass left out layers that keep a state: {left_out}")
         step.commit()
-        if rows.columns == self._exact and self._width == self.grid:
-            self._exact += self.grid
+        self.grid.advance(rows, self._width)
         rows.columns += self._width
-        if self.states is not None and (not self.grid or rows.columns <= self._exact):
+        if self.states is not None and self.grid.is_exact(rows.columns):
             self.states.keep(list(zip(rows.pads, rows.sequences, strict=True)), self._width)
 
     def _forget_step(self, rows: Rows, fed: Fed) -> None:
@@ -346,7 +268,7 @@ class SessionRows:
             self.rows.rewind(*before)
             if self.states is not None:
                 self._let_go()
-            self._exact = min(self._exact, before[0])
+            self.grid.crop(before[0])
             self.reader.forget(before[0])
 
     def mark(self) -> tuple[int, list[Text]] | None:
@@ -375,20 +297,7 @@ class SessionRows:
 
     def close(self) -> None:
         """Release the pages for good; when another thread uses them, as soon as it is done. Idempotent."""
-        self._is_closing = True
-        if self._lock.acquire(blocking=False):
-            try:
-                self._close()
-            finally:
-                self._lock.release()
-
-    def _close(self) -> None:
-        self.reset()
-        self._closed = True
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError(f"session {self.name!r} is closed")
+        self.owner.close()
 
     def reset(self) -> None:
         """Forget the text."""
@@ -403,15 +312,13 @@ class SessionRows:
 
     def crop(self, columns: int) -> None:
         """Drop every column from ``columns`` on."""
-        self._exact = min(self._exact, columns)
+        self.grid.crop(columns)
         if self.states is not None and not self.states.live.crop(self.columns - columns, self.columns):
             if columns >= self.columns:
                 return
             self._let_go()  # a state cannot be taken back: the next pass goes on from one that was kept
         if self.rows is None:
-            texts, pads, width = self._released.texts, self._released.pads, min(self.columns, columns)
-            cut = [text[: max(width - pad, 0)] for text, pad in zip(texts, pads, strict=True)]
-            self._released = Released(cut, pads, width)
+            self._released = self._released.crop(columns)
             return
         self.rows.crop(columns)
         self.reader.forget(columns)
@@ -419,8 +326,7 @@ class SessionRows:
     def select(self, chosen: list[int]) -> None:
         """Keep these rows, in this order; a row taken twice is forked, not copied."""
         if self.rows is None:
-            texts, pads, columns = self._released.texts, self._released.pads, self._released.columns
-            self._released = Released([texts[row] for row in chosen], [pads[row] for row in chosen], columns)
+            self._released = self._released.select(chosen)
             return
         self.rows.select(chosen)
         self.reader.reorder(chosen)
@@ -435,11 +341,12 @@ class SessionRows:
         """Give ``other``, a fresh session of the same model and tenant, this one's text and pages."""
         if self.step is not None:
             raise InvalidRequestError("a forward pass of this session is still under way")
-        self._check_open()
+        self.owner.check_open()
         other.rows = self.rows.fork() if self.rows is not None else None
         if self.rows is not None and self.states is not None and other.states is not None:
             self.states.copy_to(other.states, len(self.rows))
-        other.cached, other._released, other._exact = list(self.cached), self._released, self._exact
+        other.cached, other._released = list(self.cached), self._released
+        other.grid.exact = self.grid.exact
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.

@@ -58,7 +58,7 @@ class PagedSession(Cache):
         if n < 1:
             raise InvalidRequestError(f"fork({n}): at least one")
         forks = []
-        with self.rows.in_use():
+        with self.rows.owner.in_use():
             for index in range(n):
                 fork = self._fresh(f"{self.rows.name}/{index}")
                 self.rows.copy_to(fork.rows)
@@ -83,7 +83,7 @@ class PagedSession(Cache):
         """
         if not 0 <= tokens <= self.rows.columns:
             raise InvalidRequestError(f"truncate({tokens}) of a session of {self.rows.columns} tokens")
-        with self.rows.in_use():
+        with self.rows.owner.in_use():
             self.rows.crop(tokens)
 
     def export(self, *, pages: bool = True, key: bytes = b"") -> bytes:
@@ -92,7 +92,7 @@ class PagedSession(Cache):
         ``key`` (up to 64 bytes) signs them: ``import_`` takes nothing that was not signed with the same.
         Raises ``InvalidRequestError`` when pages were evicted since the session last ran.
         """
-        with self.rows.in_use():
+        with self.rows.owner.in_use():
             return export(self.rows, self._fingerprint() if pages else None, key=key)
 
     def import_(self, data: bytes, *, key: bytes = b"") -> None:
@@ -102,7 +102,7 @@ class PagedSession(Cache):
         you exported yourself. Raises ``CorruptPageError`` for bytes that are not what was exported or
         signed, ``LayoutError`` for those of another model; the session is then as it was.
         """
-        with self.rows.in_use():
+        with self.rows.owner.in_use():
             import_into(self.rows, data, self._fingerprint, key=key)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations

@@ -1,0 +1,128 @@
+"""``Stepping``: one call of ``forward`` over a session as the forward passes, the steps, that it must be.
+
+What is cached is skipped, what was lost is computed again, equal rows are computed once, and passes end where
+a grid or a state asks for it. Knows a model's ``forward``; not how anybody came to call it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvhybrid.errors import UnsupportedError
+from kvhybrid.model.interface import reading_pages
+from kvhybrid.model.padding import column_of, read_ids
+from kvhybrid.model.passes import WHOLE, join, narrow, parts, widen
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kvhybrid.model.session_rows import SessionRows
+    from kvhybrid.model.transformers_cache import PagedSession
+
+
+class Stepping:
+    """Runs ``forward``, whose ``parameters`` are named, as plain code: pages cannot be traced."""
+
+    def __init__(self, forward: Callable[..., Any], parameters: list[str]) -> None:
+        self._forward = forward
+        self._parameters = parameters
+
+    def run(self, session: PagedSession, call: dict[str, Any]) -> Any:
+        """Run a call whose arguments a session can take; the session is its owner's."""
+        rows = session.rows
+        self._recompute(rows, session, call)
+        if rows.rows is None or rows.rows.pending == 0:
+            return self._run(rows, call)
+        ids = read_ids(call["input_ids"], rows.vocab_size)
+        if skip := rows.rows.refed(ids, column_of(call)):
+            fed = ("input_ids", "position_ids", "cache_position")
+            call = {n: v[..., skip:] if n in fed and v is not None else v for n, v in call.items()}
+        return self._run(rows, call)
+
+    def _recompute(self, rows: SessionRows, session: PagedSession, call: dict[str, Any]) -> None:
+        """Compute again what was lost while the session was released."""
+        lost = rows.reopen()
+        if lost is None:
+            return
+        again, seen = (t.to(call["input_ids"].device) for t in lost)
+        try:
+            lost_call = {"input_ids": again, "attention_mask": seen, "past_key_values": session}
+            self.run(session, {**lost_call, "use_cache": True})
+        except BaseException:
+            rows.stay_released()
+            raise
+
+    def _run(self, rows: SessionRows, call: dict[str, Any]) -> Any:
+        """Run a call as the forward passes that it must be: equal rows once, and cut where the grid cuts."""
+        each = rows.rows.repeats(call["input_ids"]) if rows.rows is not None else 1
+        if each > 1:
+            call = narrow(call, each)
+        stops = rows.stops(call["input_ids"].shape[1])
+        whole = next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None)
+        if whole and not rows.grid.width:
+            stops = stops[-1:]  # cut for states alone: fewer of them are kept
+        if len(stops) == 1:
+            output = self._pass(rows, call)
+        else:
+            if whole and rows.grid.width:
+                raise UnsupportedError(
+                    f"a session cannot take {whole} in a call of {len(stops)} forward passes: "
+                    f"reproducible=True cuts every {rows.grid.width} tokens"
+                )
+            before = rows.mark()
+            try:
+                output = join([self._pass(rows, part) for part in parts(call, rows.columns, stops)], call)
+            except BaseException:
+                rows.rewind(before)
+                raise
+        if each > 1:
+            rows.repeat(each)
+            output = widen(output, each)
+        return output
+
+    def _pass(self, rows: SessionRows, call: dict[str, Any]) -> Any:
+        """Run one forward pass as one step of the session."""
+        call = dict(call)
+        rows.begin(call["input_ids"], call.get("attention_mask"))
+        try:
+            self._place(rows, call)
+            with reading_pages(rows.reader.reads_pages):
+                output = self._forward(**call)
+        except BaseException as error:
+            rows.finish(success=False)
+            if type(error).__module__.startswith("torch._dynamo"):
+                raise UnsupportedError(
+                    "a part of the model was compiled after attach, and pages cannot be traced: detach and "
+                    "attach again"
+                ) from error
+            raise
+        rows.finish(success=True)
+        return output
+
+    def _place(self, rows: SessionRows, call: dict[str, Any]) -> None:
+        """See to it that tokens stand where they are cached: at their place in the text, padding not counted.
+
+        Raises ``UnsupportedError`` for other positions: others would find K that was turned another way.
+        """
+        assert rows.rows is not None
+        ids = call["input_ids"]
+        positions, is_token = rows.rows.positions(ids.shape[1])
+        given = call.get("position_ids")
+        columns = call.get("cache_position")
+        if columns is not None and columns.tolist() != list(range(rows.columns, rows.columns + ids.shape[1])):
+            raise UnsupportedError(
+                f"a session of {rows.columns} columns cannot take a cache_position of other ones"
+            )
+        if given is None:
+            # Without padding the model's own count is right; with it, it counts the padding. Some models
+            # with layers that keep a state count from 0 in every forward pass.
+            if (any(rows.rows.pads) or rows.states is not None) and "position_ids" in self._parameters:
+                call["position_ids"] = torch.from_numpy(positions).to(ids.device)
+            return
+        fits = given.dim() == 2 and given.shape[1] == positions.shape[1]
+        if not fits or ((given.cpu().numpy() != positions) & is_token).any():
+            raise UnsupportedError(
+                "a session cannot take position_ids other than each token's place in its text"
+            )
