@@ -15,6 +15,8 @@ UV = $(if $(shell uv --version 2>/dev/null),uv,$(BIN)/uv)
 # The versions of transformers that are tested beside the newest, each in an environment of its own.
 OLDEST := 4.57.6
 VERSIONS := $(OLDEST) 5.18.0
+# What of the tests depends on it.
+MODEL_TESTS := tests/model tests/cache/test_measured.py tests/test_layout.py
 ENV_OF = .venv-transformers-$(1)
 WITH = PYTHONPATH=python $(call ENV_OF,$(1))/bin/python
 
@@ -48,11 +50,11 @@ test-python: env
 	$(BIN)/python -m pytest
 
 test-oldest: env $(call ENV_OF,$(OLDEST))/.installed ## the tests of models on the oldest transformers that is served
-	$(call WITH,$(OLDEST)) -m pytest tests/model tests/cache
+	$(call WITH,$(OLDEST)) -m pytest $(MODEL_TESTS)
 
 test-transformers: env $(foreach version,$(VERSIONS),$(call ENV_OF,$(version))/.installed) ## the same on every version, and docs/compatibility.md
-	$(foreach version,$(VERSIONS),$(call WITH,$(version)) -m pytest tests/model tests/cache &&) true
-	$(BIN)/python -m pytest tests/model tests/cache
+	$(foreach version,$(VERSIONS),$(call WITH,$(version)) -m pytest $(MODEL_TESTS) &&) true
+	$(BIN)/python -m pytest $(MODEL_TESTS)
 	@mkdir -p target/compatibility
 	$(foreach version,$(VERSIONS),$(call WITH,$(version)) tests/compatibility.py --json target/compatibility/$(version).json &&) true
 	$(BIN)/python tests/compatibility.py --json target/compatibility/newest.json
