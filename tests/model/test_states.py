@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 import kvhybrid
 from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
+from kvhybrid.errors import CapacityError, InvalidRequestError, LayoutError, UnsupportedError
 from kvhybrid.layout import KVLayout, LayerShape
 from kvhybrid.model import session_states
 from kvhybrid.model.attach import Attachment
@@ -213,6 +213,28 @@ def test_cropping_goes_back_to_what_the_text_was(attachment: Attachment) -> None
             expected = model(input_ids=whole).logits[:, keep:]
             assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
             session.crop(-5)
+    session.close()
+
+
+def test_layers_of_an_open_session_can_be_looked_at(attachment: Attachment) -> None:
+    model, session = attachment.model, attachment.cache.session("look")
+    past, ids = DynamicCache(config=model.config), prompt(37)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=session, use_cache=True)
+        model(input_ids=ids, past_key_values=past, use_cache=True)
+    for index, layer in enumerate(past.layers):
+        if not hasattr(layer, "conv_states"):
+            assert torch.allclose(session.layers[index].keys, layer.keys, atol=1e-4)
+            continue
+        for part, expected in zip(
+            session.layers[index].conv_states.values(), layer.conv_states.values(), strict=True
+        ):
+            assert torch.allclose(part, expected, atol=1e-4)
+    session.rows.release()
+    attended = [index for index, layer in enumerate(past.layers) if not hasattr(layer, "conv_states")]
+    for index in attended:
+        with pytest.raises(InvalidRequestError, match="states of session 'look' were evicted"):
+            _ = session.layers[index].keys
     session.close()
 
 

@@ -351,12 +351,14 @@ class SessionRows:
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.
 
-        Raises ``InvalidRequestError`` when pages were evicted while the session held none.
+        Raises ``InvalidRequestError`` when pages were evicted while the session held none, or when it has no
+        state to go on from.
         """
         if self.reopen() is not None:
             self.stay_released()
+            lost = "pages" if self.states is None else "pages or states"
             raise InvalidRequestError(
-                f"pages of session {self.name!r} were evicted: run it through generate or forward first"
+                f"{lost} of session {self.name!r} were evicted: run it through generate or forward first"
             )
         if self.rows is None:
             raise InvalidRequestError(f"session {self.name!r} holds nothing yet")
