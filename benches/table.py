@@ -22,6 +22,9 @@ DECODE = (
     "{{{0}_8k_ours_ms:.1f}} ms; `DynamicCache` {{{0}_8k_dynamic_ms:.1f}}; "
     "`StaticCache` {{{0}_8k_static_ms:.1f}}"
 )
+REPRODUCIBLE = "{reproducible_prefill_ratio:.2f} times the usual in float32"
+COLD = "{overhead_128:.3f} times the model's own time; 2,048 in: {overhead_2k:.3f}"
+WARM = "{shared_2k_ours_ms:,.0f} ms; untouched model {shared_2k_plain_ms:,.0f}"
 EVICTING = "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim"
 ROWS = [
     ("replay", "conversations replayed", "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}"),
@@ -31,6 +34,9 @@ ROWS = [
     ("cycle", "books of a cached block of 16", "{bytes_per_block:.0f} bytes"),
     ("ttft", "first token behind {shared_tokens:,.0f} shared, float32", TTFT.format("f32")),
     ("ttft", "the same, bfloat16", TTFT.format("bf16")),
+    ("ttft", "a prefill of {reproducible_tokens:,.0f} with `reproducible`", REPRODUCIBLE),
+    ("generate", "`generate`, 128 new tokens in, 64 out, attached", COLD),
+    ("generate", "first token behind 2,048 shared, float32", WARM),
     ("decode", "a token at 8k of context, float32", DECODE.format("f32")),
     ("decode", "the same, bfloat16", DECODE.format("bf16")),
 ]

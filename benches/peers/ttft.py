@@ -78,7 +78,7 @@ def reproducible(name: str, tokens: int, rounds: int) -> dict[str, float]:
         ways[way]()  # warm-up
     seconds = interleaved({"usual": ways[False], "grid": ways[True]}, rounds)
     figure = "reproducible_prefill_ratio" if name == "f32" else f"{name}_reproducible_prefill_ratio"
-    return {figure: seconds["grid"] / seconds["usual"]}
+    return {figure: seconds["grid"] / seconds["usual"], "reproducible_tokens": tokens}
 
 
 def main() -> None:
