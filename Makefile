@@ -17,6 +17,9 @@ OLDEST := 4.57.6
 VERSIONS := $(OLDEST) 5.18.0
 # What of the tests depends on it.
 MODEL_TESTS := tests/model tests/cache/test_measured.py tests/test_layout.py
+# Of these on every change: not what takes long and asks little of the version.
+QUICK_TESTS = $(filter-out $(addprefix tests/model/test_,attention.py call_fuzz.py reproducible.py), \
+	$(wildcard tests/model/test_*.py)) $(filter-out tests/model,$(MODEL_TESTS))
 ENV_OF = .venv-transformers-$(1)
 WITH = PYTHONPATH=python $(call ENV_OF,$(1))/bin/python
 
@@ -50,7 +53,7 @@ test-python: env
 	$(BIN)/python -m pytest
 
 test-oldest: env $(call ENV_OF,$(OLDEST))/.installed ## the tests of models on the oldest transformers that is served
-	$(call WITH,$(OLDEST)) -m pytest $(MODEL_TESTS)
+	$(call WITH,$(OLDEST)) -m pytest $(QUICK_TESTS)
 
 test-transformers: env $(foreach version,$(VERSIONS),$(call ENV_OF,$(version))/.installed) ## the same on every version, and docs/compatibility.md
 	$(foreach version,$(VERSIONS),$(call WITH,$(version)) -m pytest $(MODEL_TESTS) &&) true
