@@ -150,7 +150,7 @@ class PageStorage:
         for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
             strides = pages.stride()
             slot = pages.as_strided(new.shape, strides, page * strides[0] + offset * strides[2])
-            slot.copy_(new.detach())
+            slot.copy_(new.detach() if new.requires_grad else new)
         return True
 
     def write_slots(

@@ -179,7 +179,8 @@ class Step:
                 f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
                 f"{batch} rows of {tokens} tokens"
             )
-        key, value = key.detach(), value.detach()
+        if key.requires_grad or value.requires_grad:
+            key, value = key.detach(), value.detach()
         self._written.add(layer)
         if self._is_one_each:
             rows, columns, pages, offsets = self._one_each(self.storage.keys[layer].device)

@@ -268,8 +268,9 @@ class Attachment:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
         if rows.rows is None:
             self.weights.survey()
-        obstacle = obstacle_to_step(kwargs, drops_out=self.weights.drops_out)
-        if rows.owner.depth == 0:  # inside a call of ``generate`` the model was asked before
+        is_direct = rows.owner.depth == 0  # inside a call of ``generate`` the model was asked before
+        obstacle = obstacle_to_step(kwargs, drops_out=is_direct and self.weights.drops_out)
+        if is_direct:
             obstacle = obstacle or self._obstacle_in_model()
         if obstacle is not None:
             raise UnsupportedError(f"a session cannot take {obstacle}")

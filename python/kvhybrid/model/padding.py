@@ -93,5 +93,7 @@ def has_padding(mask: torch.Tensor, pads: list[int], columns: int) -> bool:
     """
     if list(mask.shape) != [len(pads), columns]:
         raise InvalidRequestError(f"attention_mask is {list(mask.shape)}, expected [{len(pads)}, {columns}]")
+    if not any(pads):
+        return bool(mask.all())
     seen = mask.detach().cpu().numpy().astype(bool)
     return bool((seen == (np.arange(columns) >= np.array(pads)[:, None])).all())

@@ -36,13 +36,13 @@ def plain_logits(
 
 def written_by(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return what ``generate`` writes, greedily, behind the first columns of a left-padded batch."""
-    config = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None)
+    # The cache is asked for, because some configurations (MPT's) turn it off.
+    config = GenerationConfig(
+        max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         generate = cast("Callable[..., object]", model.generate)
-        # Asked for, because some configurations (MPT's) turn it off.
-        found = generate(
-            ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], generation_config=config, use_cache=True
-        )
+        found = generate(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], generation_config=config)
     assert isinstance(found, torch.Tensor)
     return found[:, PROMPT:]

@@ -127,8 +127,10 @@ class MaterialisedReader:
                     layer, span.table, start, span.past, (keys[span.row, :, held], values[span.row, :, held])
                 )
         width = total - past
-        keys.narrow(2, past, width).copy_(key.detach())
-        values.narrow(2, past, width).copy_(value.detach())
+        if key.requires_grad or value.requires_grad:
+            key, value = key.detach(), value.detach()
+        keys.narrow(2, past, width).copy_(key)
+        values.narrow(2, past, width).copy_(value)
         self._filled[layer] = total
         return keys.narrow(2, 0, total), values.narrow(2, 0, total)
 
