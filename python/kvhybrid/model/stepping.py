@@ -110,9 +110,10 @@ class Stepping:
         ids = call["input_ids"]
         given = call.get("position_ids")
         columns = call.get("cache_position")
-        is_single = given is not None and columns is None and given.numel() == 1 == len(rows.rows)
-        if is_single and not rows.rows.pads[0] and given.item() == rows.columns:
-            return  # most steps: one token of one text
+        if given is not None and columns is None and given.numel() == 1 and rows.rows.pads == [0]:
+            is_next = given.item() == rows.columns
+            if is_next:
+                return  # most steps: one token of one text
         positions, is_token = rows.rows.positions(ids.shape[1])
         if columns is not None and columns.tolist() != list(range(rows.columns, rows.columns + ids.shape[1])):
             raise UnsupportedError(
