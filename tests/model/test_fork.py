@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import copy
 import gc
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgpack
 import pytest
 import torch
 from families import make_model, prompt
 
 import kvhybrid
-from kvhybrid import CorruptPageError, InvalidRequestError, KVCacheConfig, LayoutError
+from kvhybrid import (
+    CapacityError,
+    ClosedError,
+    CorruptPageError,
+    InvalidRequestError,
+    KVCacheConfig,
+    LayoutError,
+)
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.session_export import _digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kvhybrid.model.transformers_cache import PagedSession
 
@@ -132,8 +141,8 @@ def test_a_truncated_session_goes_on_from_there(attachment: Attachment, keep: in
 def test_nothing_can_be_truncated_to_more_than_there_is(attachment: Attachment) -> None:
     session = attachment.cache.session("root")
     feed(attachment, session, prompt(5))
-    for tokens in (-1, 6):
-        with pytest.raises(InvalidRequestError, match=r"session of 5 tokens"):
+    for tokens, words in ((-1, "at least 0"), (6, "session of 5 tokens")):
+        with pytest.raises(InvalidRequestError, match=words):
             session.truncate(tokens)
     assert session.get_seq_length() == 5
 
@@ -208,3 +217,73 @@ def test_another_models_pages_are_refused(attachment: Attachment, seed: int, blo
         with pytest.raises(LayoutError, match="exported from "):
             twin.import_(data)
         assert twin.get_seq_length() == 0
+
+
+def test_what_is_no_number_and_no_bytes_is_refused_and_changes_nothing(attachment: Attachment) -> None:
+    session = attachment.cache.session("alice")
+    feed(attachment, session, prompt(20))
+    data: Any = session.export()
+    wrong: list[Callable[[Any], object]] = [
+        session.truncate,
+        session.fork,
+        lambda what: session.export(key=what),
+        lambda what: session.import_(data, key=what),
+        session.import_,
+    ]
+    for call in wrong:
+        for what in (True, 1.5, "3", None):
+            with pytest.raises(InvalidRequestError):
+                call(what)
+    assert session.get_seq_length() == 20
+    assert session.export() == data
+
+
+def test_a_closed_session_says_so_whatever_is_asked(attachment: Attachment) -> None:
+    session = attachment.cache.session("alice")
+    feed(attachment, session, prompt(20))
+    data = session.export()
+    session.close()
+    calls: list[Callable[[], object]] = [
+        lambda: session.truncate(0),
+        session.fork,
+        session.export,
+        lambda: session.import_(data),
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError, match="alice"):
+            call()
+
+
+def test_an_import_that_finds_no_room_leaves_the_session_as_it_was(attachment: Attachment) -> None:
+    session = attachment.cache.session("alice")
+    feed(attachment, session, prompt(50))
+    data = session.export()
+    with attached(attachment.route, max_tokens=32) as there:
+        twin = there.cache.session("bob")
+        feed(there, twin, prompt(9, seed=4))
+        before = twin.export(pages=False)
+        with pytest.raises(CapacityError):
+            twin.import_(data)
+        assert twin.export(pages=False) == before
+        close(feed(there, twin, prompt(3, seed=1)), whole(there, prompt(9, seed=4), prompt(3, seed=1)))
+
+
+def test_signed_nonsense_is_refused_as_such(attachment: Attachment) -> None:
+    session = attachment.cache.session("alice")
+    feed(attachment, session, prompt(20))
+    body = msgpack.unpackb(session.export()[32:])
+    layers = body["layers"]
+    for change in (
+        {"layers": 5},
+        {"layers": [None, *layers[1:]]},
+        {"layers": [[*layers[0], b""], *layers[1:]]},
+        {"layers": [[layers[0][0], 7], *layers[1:]]},
+        {"texts": [], "pads": [], "columns": 20},
+        {"texts": 3},
+        {"pads": [None]},
+        {"columns": -1, "texts": [b""]},
+    ):
+        changed = msgpack.packb({**body, **change})
+        with pytest.raises(CorruptPageError):
+            session.import_(_digest(changed, b"") + changed)
+    assert session.get_seq_length() == 20

@@ -58,7 +58,8 @@ def export(rows: SessionRows, fingerprint: str | None, *, key: bytes = b"") -> b
 def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], *, key: bytes = b"") -> None:
     """Replace the session's text with an exported one, K and V included when they are there.
 
-    Raises ``CorruptPageError`` or ``LayoutError``; the session is then as it was.
+    Raises ``CorruptPageError``, ``LayoutError``, or ``CapacityError`` when its pages find no room; the
+    session is then as it was.
     """
     found = _read(data, key)
     text = _text(found, rows)
@@ -71,6 +72,7 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     if found.get("model") != (known := fingerprint()):
         raise LayoutError(f"the session was exported from other weights: {found.get('model')}, not {known}")
     tensors = _tensors(layers, text, rows)
+    before = rows.text()
     rows.restore(text)
     # On a grid, only what was computed on it may be used.
     if rows.grid.width or (lost := rows.reopen()) is None:
@@ -86,18 +88,22 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
         rows.finish(success=True)
     except BaseException:
         rows.finish(success=False)
-        rows.stay_released()
+        rows.restore(before)
         raise
     rows.release()
 
 
 def _digest(body: bytes, key: bytes) -> bytes:
+    if not isinstance(key, bytes):
+        raise InvalidRequestError(f"key must be bytes, got {type(key).__name__}")
     if len(key) > blake2b.MAX_KEY_SIZE:
         raise InvalidRequestError(f"key has {len(key)} bytes, at most {blake2b.MAX_KEY_SIZE} are taken")
     return blake2b(body, digest_size=DIGEST, key=key, person=b"kvhybrid-session").digest()
 
 
 def _read(data: bytes, key: bytes) -> dict[str, Any]:
+    if not isinstance(data, bytes | bytearray | memoryview):
+        raise InvalidRequestError(f"an exported session is bytes, got {type(data).__name__}")
     digest, body = bytes(data[:DIGEST]), bytes(data[DIGEST:])
     if not hmac.compare_digest(digest, _digest(body, key)):
         raise CorruptPageError("the exported session was changed, cut short or signed with another key")
@@ -117,8 +123,12 @@ def _text(found: dict[str, Any], rows: SessionRows) -> Released:
         pads, columns = [int(pad) for pad in found["pads"]], int(found["columns"])
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptPageError(f"no text in the exported session: {error!r}") from None
-    fits = len(pads) == len(texts) and all(
-        pad >= 0 and len(text) == max(columns - pad, 0) for pad, text in zip(pads, texts, strict=False)
+    fits = (
+        len(pads) == len(texts)
+        and (bool(texts) or columns == 0)
+        and all(
+            pad >= 0 and len(text) == max(columns - pad, 0) for pad, text in zip(pads, texts, strict=False)
+        )
     )
     if not fits or any(len(text) and int(text.max()) >= rows.vocab_size for text in texts):
         raise CorruptPageError("the exported session's tokens do not fit together, or another vocabulary")
@@ -131,6 +141,8 @@ def _tensors(layers: Any, text: Released, rows: SessionRows) -> list[tuple[torch
         raise CorruptPageError(f"the exported session does not hold {len(storage.keys)} layers")
     tensors = []
     for layer, pair in enumerate(layers):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise CorruptPageError(f"layer {layer} of the exported session is no pair of K and V")
         found = []
         for raw, pages in zip(pair, (storage.keys[layer], storage.values[layer]), strict=True):
             shape = (len(text.texts), pages.shape[1], text.columns, pages.shape[3])

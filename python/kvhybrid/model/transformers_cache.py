@@ -10,17 +10,19 @@ release, are not used, but for layers that keep a state instead (``layer_states`
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 import torch
 from transformers.cache_utils import Cache
 
+from kvhybrid.cache.slices import whole_number
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 from kvhybrid.model.session_export import export, import_into
 from kvhybrid.model.versions import columns_fed, columns_kept
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from kvhybrid.cache.step import Step
     from kvhybrid.model.session_rows import SessionRows
@@ -49,16 +51,23 @@ class PagedSession(Cache):
         """Release the pages for good. Idempotent."""
         self.rows.close()
 
+    @contextmanager
+    def _open(self) -> Iterator[None]:
+        """Own the session for a while; raises ``ClosedError`` once it has ended."""
+        with self.rows.owner.in_use():
+            self.rows.owner.check_open()
+            yield
+
     def fork(self, n: int = 1) -> list[PagedSession]:
         """Return ``n`` sessions that go on from here, each its own way.
 
         Nothing is copied but a partly filled last page, when it is first written to. A fork lives as
         long as somebody holds it, or until ``close``.
         """
-        if n < 1:
+        if whole_number("n", n) < 1:
             raise InvalidRequestError(f"fork({n}): at least one")
         forks = []
-        with self.rows.owner.in_use():
+        with self._open():
             for index in range(n):
                 fork = self._fresh(f"{self.rows.name}/{index}")
                 self.rows.copy_to(fork.rows)
@@ -81,9 +90,10 @@ class PagedSession(Cache):
 
         Raises ``InvalidRequestError`` when the session holds fewer.
         """
-        if not 0 <= tokens <= self.rows.columns:
-            raise InvalidRequestError(f"truncate({tokens}) of a session of {self.rows.columns} tokens")
-        with self.rows.owner.in_use():
+        tokens = whole_number("tokens", tokens)
+        with self._open():
+            if tokens > self.rows.columns:
+                raise InvalidRequestError(f"truncate({tokens}) of a session of {self.rows.columns} tokens")
             self.rows.crop(tokens)
 
     def export(self, *, pages: bool = True, key: bytes = b"") -> bytes:
@@ -92,7 +102,7 @@ class PagedSession(Cache):
         ``key`` (up to 64 bytes) signs them: ``import_`` takes nothing that was not signed with the same.
         Raises ``InvalidRequestError`` when pages were evicted since the session last ran.
         """
-        with self.rows.owner.in_use():
+        with self._open():
             return export(self.rows, self._fingerprint() if pages else None, key=key)
 
     def import_(self, data: bytes, *, key: bytes = b"") -> None:
@@ -102,7 +112,7 @@ class PagedSession(Cache):
         you exported yourself. Raises ``CorruptPageError`` for bytes that are not what was exported or
         signed, ``LayoutError`` for those of another model; the session is then as it was.
         """
-        with self.rows.owner.in_use():
+        with self._open():
             import_into(self.rows, data, self._fingerprint, key=key)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
