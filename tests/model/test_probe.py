@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -133,3 +134,14 @@ def test_a_model_that_cannot_generate_is_judged_by_its_logits(monkeypatch) -> No
 
     monkeypatch.setattr(model, "generate", fail)
     assert choose_route(model, layout_of(model))[0] is Route.PAGED
+
+
+def test_a_model_that_samples_by_itself_is_probed_greedily_and_nothing_is_logged(monkeypatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *args: said.append(message))
+    model = make_model("llama")
+    model.generation_config.update(do_sample=True, temperature=0.8, top_p=0.9, top_k=20)
+    assert (
+        choose_route(model, KVCache.for_model(model, KVCacheConfig(max_tokens=64)).layout)[0] is Route.PAGED
+    )
+    assert said == []

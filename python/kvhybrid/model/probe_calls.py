@@ -7,10 +7,9 @@ then count or mask in a way of their own, which goes by their own cache.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import GenerationConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +19,19 @@ if TYPE_CHECKING:
 
 # Columns of the prompt that is generated from, and new tokens.
 PROMPT, NEW = 12, 3
+# As arguments and not as a configuration: in transformers 4 one that says what is the default, not to sample,
+# counts as one that says nothing, and the model's own says to. Neutral values of sampling, because those
+# would be complained of in the user's log; a cache, because some configurations (MPT's) turn it off.
+GREEDILY: dict[str, Any] = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "use_cache": True,
+}
 
 
 def plain_logits(
@@ -36,13 +48,9 @@ def plain_logits(
 
 def written_by(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Return what ``generate`` writes, greedily, behind the first columns of a left-padded batch."""
-    # The cache is asked for, because some configurations (MPT's) turn it off.
-    config = GenerationConfig(
-        max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=None, use_cache=True
-    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         generate = cast("Callable[..., object]", model.generate)
-        found = generate(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], generation_config=config)
+        found = generate(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], **GREEDILY)
     assert isinstance(found, torch.Tensor)
     return found[:, PROMPT:]
