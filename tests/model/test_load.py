@@ -4,7 +4,7 @@ import pytest
 import torch
 from families import make_model
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, T5Config
 
 from kvhybrid import ConfigError, UnsupportedError
 from kvhybrid.model.load import load_model
@@ -50,7 +50,7 @@ def test_the_embedded_model_is_the_default():
 
 
 def test_what_cannot_be_loaded_is_an_error_that_names_it(saved, tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.*no readable local Hugging Face model"):
+    with pytest.raises(ConfigError, match=r"nowhere.*no readable local Hugging Face model: there is nothing"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="some-owner/some-model"):
         load_model("some-owner/some-model")
@@ -60,3 +60,9 @@ def test_what_cannot_be_loaded_is_an_error_that_names_it(saved, tmp_path):
         load_model(saved)
     with pytest.raises(UnsupportedError, match="got dict"):
         load_model({})
+
+
+def test_a_kind_of_model_that_is_no_decoder_is_named_in_one_line(tmp_path):
+    T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"of the kind 't5'.*only decoders are served$"):
+        load_model(tmp_path)

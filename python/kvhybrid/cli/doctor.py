@@ -154,15 +154,19 @@ def _print(findings: Findings) -> None:
 
 def _layers(layout: Findings) -> str:
     parts = [
-        f"{shape['layers']} layers of {shape['num_kv_heads']} heads, K {shape['head_dim']} and V "
-        f"{shape['value_head_dim']} wide"
+        f"{_counted(shape['layers'], 'layer')} of {_counted(shape['num_kv_heads'], 'head')}, "
+        f"K {shape['head_dim']} and V {shape['value_head_dim']} wide"
         if shape["num_kv_heads"]
-        else f"{shape['layers']} layers without K and V"
+        else f"{_counted(shape['layers'], 'layer')} without K and V"
         for shape in layout["layers"]
     ]
     if layout["state_bytes"]:
         parts.append(f"{layout['state_bytes']:,} bytes of state a text")
     return "; ".join(parts) + f"; {layout['dtype']}"
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _outcome(trial: Findings) -> str:

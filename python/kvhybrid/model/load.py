@@ -9,7 +9,13 @@ import torch
 from kvhybrid.errors import ConfigError, UnsupportedError
 
 try:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 except ImportError as error:
     raise ImportError("models need transformers: pip install kvhybrid[transformers]") from error
 
@@ -57,12 +63,27 @@ def load_weights(path: str | Path, device: torch.device, dtype: torch.dtype | No
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model={str(path)!r}: no readable local Hugging Face model: {error}") from error
+        if (kind := _kind_of(path)) is not None and "AutoModelForCausalLM" in str(error):
+            raise UnsupportedError(
+                f"model={str(path)!r} is of the kind {kind!r}, which transformers has no causal language "
+                "model for: only decoders are served"
+            ) from error
+        what = error if Path(path).exists() else "there is nothing there, and nothing is downloaded"
+        raise ConfigError(f"model={str(path)!r}: no readable local Hugging Face model: {what}") from error
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedError(f"model={str(path)!r} is a {type(model).__name__}, no transformers model")
     model.to(device)  # type: ignore[arg-type]  # the wrapper around `to` hides its signature
     loaded: PreTrainedModel = model.eval()
     return loaded
+
+
+def _kind_of(path: str | Path) -> str | None:
+    """Return what the configuration at ``path`` calls its model; None when it does not say."""
+    try:
+        kind: str | None = AutoConfig.from_pretrained(path, local_files_only=True).model_type
+    except (OSError, ValueError):
+        return None
+    return kind
 
 
 def _load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
