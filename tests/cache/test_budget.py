@@ -84,6 +84,15 @@ def test_a_budget_that_no_device_could_hold_is_refused(monkeypatch):
         make(layout, max_tokens=8_000_000)
 
 
+def test_states_need_room_on_the_device_beside_the_pages(monkeypatch):
+    shape = LayerShape(num_kv_heads=2, head_dim=8, value_head_dim=8)
+    layout = KVLayout.of_layers([shape, None], block_size=16, state_bytes=100)
+    monkeypatch.setattr(budget, "device_bytes", lambda device: 40 * layout.bytes_per_page)
+    assert make(layout, max_tokens=320).storage.states.capacity_bytes == 20 * layout.bytes_per_page
+    with pytest.raises(ConfigError, match="the pages and states take"):
+        make(layout, max_tokens=336)
+
+
 def test_layers_on_several_devices_need_room_on_each(monkeypatch):
     layout, asked = layout_of(num_layers=3), []
     page = layout.bytes_per_page // 3

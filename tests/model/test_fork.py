@@ -287,3 +287,12 @@ def test_signed_nonsense_is_refused_as_such(attachment: Attachment) -> None:
         with pytest.raises(CorruptPageError):
             session.import_(_digest(changed, b"") + changed)
     assert session.get_seq_length() == 20
+
+
+def test_sessions_and_tenants_are_text_so_that_no_two_are_one(attachment: Attachment) -> None:
+    for name in (1, True, None, ["a"]):
+        wrong: Any = name
+        with pytest.raises(InvalidRequestError, match="must be text"):
+            attachment.cache.session(wrong)
+        with pytest.raises(InvalidRequestError, match="must be text"):
+            attachment.cache.session("alice", tenant=wrong)

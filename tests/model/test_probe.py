@@ -136,6 +136,17 @@ def test_a_model_that_cannot_generate_is_judged_by_its_logits(monkeypatch) -> No
     assert choose_route(model, layout_of(model))[0] is Route.PAGED
 
 
+def test_parts_that_are_frozen_in_evaluation_mode_stay_so() -> None:
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    layout = KVCache.for_model(model, KVCacheConfig(max_tokens=64)).layout
+    assert [module.training for module in model.modules()] == before
+    choose_route(model, layout)
+    choose_packing(model, layout)
+    assert [module.training for module in model.modules()] == before
+
+
 def test_a_model_that_samples_by_itself_is_probed_greedily_and_nothing_is_logged(monkeypatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(logging.Logger, "warning_once", lambda _, message, *args: said.append(message))

@@ -35,11 +35,14 @@ def make_storage(
     ``OutOfMemoryError`` when a device has them and does not give them.
     """
     num_pages, state_capacity = divide(config, layout)
-    budget = f"max_tokens={config.max_tokens}, max_memory_mb={config.max_memory_mb}: the pages take"
+    what = "pages and states" if state_capacity else "pages"
+    budget = f"max_tokens={config.max_tokens}, max_memory_mb={config.max_memory_mb}: the {what} take"
     needed: Counter[torch.device] = Counter()
     for index in layout.kept_layers:
         where = devices[index] if devices is not None else device
         needed[where] += num_pages * layout.block_size * layout.layer_bytes_per_token(index)
+    if len(needed) == 1:  # of several, nobody knows yet which holds the states
+        needed[device if devices is None else next(iter(needed))] += state_capacity
     for where, size in needed.items():
         has = device_bytes(where)
         if has is not None and size > has:

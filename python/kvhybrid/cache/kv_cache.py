@@ -17,7 +17,7 @@ from kvhybrid._core import PagePool
 from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.measured import measure_layers
-from kvhybrid.cache.process_kv import TensorSessions
+from kvhybrid.cache.process_kv import TensorSessions, check_name
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
 from kvhybrid.layout import KVLayout
@@ -126,15 +126,17 @@ class KVCache:
         """Return the ``transformers`` cache of that session, to pass as ``past_key_values``.
 
         The same id gives the same object until it is dropped. A model must have been attached
-        (``kvhybrid.attach(model, cache)``); without one raises ``UnsupportedError``.
+        (``kvhybrid.attach(model, cache)``); without one raises ``UnsupportedError``. Raises
+        ``InvalidRequestError`` for names that are not text.
         """
         self._check_open()
         if self._make_session is None:
             raise UnsupportedError(
                 "no model is attached to this cache: call kvhybrid.attach(model, cache) first"
             )
+        key = (tenant, session_id)
+        check_name(key)
         with self._lock:
-            key = (tenant, session_id)
             if key not in self._sessions:
                 self._sessions[key] = self._make_session(session_id, tenant)
             return self._sessions[key]

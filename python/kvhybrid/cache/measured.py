@@ -7,6 +7,7 @@ like a cache of one K and V a layer is read, and everything else is refused by l
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,8 @@ from kvhybrid.layout import LayerShape
 from kvhybrid.model_shape import ATTENTION_LAYERS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 TOKENS = 3
@@ -89,6 +92,22 @@ def measure_layers(model: PreTrainedModel) -> MeasuredLayers:
     )
 
 
+@contextmanager
+def in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Run ``model`` in evaluation mode and without gradients, and leave each of its modules in its own mode.
+
+    Not ``model.train(was_training)``: parts of a model in training may be frozen in evaluation mode.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Return where the model's inputs belong: with its weights, or, offloaded, where they are computed."""
     device = next(model.parameters()).device
@@ -108,17 +127,13 @@ def layer_kinds(config: Any) -> list[str]:
 def _run(model: PreTrainedModel, name: str) -> Any:
     """Return the cache that the model made for itself over a few tokens."""
     ids = torch.arange(TOKENS, device=input_device(model))[None]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with in_evaluation(model):
             output = model(input_ids=ids, use_cache=True)
     except Exception as error:  # whatever a model raises, the reason it is refused is that it does
         raise UnsupportedError(
             f"{name} cannot be run on token ids alone: {type(error).__name__}: {error}"
         ) from error
-    finally:
-        model.train(was_training)
     kept = getattr(output, "past_key_values", None)
     return kept if kept is not None else getattr(output, "cache_params", None)
 

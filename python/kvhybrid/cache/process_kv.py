@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kvhybrid._core import PagePool
     from kvhybrid.cache.pages import PageStorage
 
-__all__ = ["SliceMetadata", "TensorSessions"]
+__all__ = ["SliceMetadata", "TensorSessions", "check_name"]
 
 
 class SliceMetadata(TypedDict):
@@ -67,7 +67,7 @@ class TensorSessions:
         name: tuple[str, str],
     ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
         """Store a slice and return its layer up to the slice's end: see ``KVCache.process_kv``."""
-        _check_name(name)
+        check_name(name)
         layer = whole_number("layer_idx", layer)
         check_slice(self._storage, layer, key, value)
         start = read_start(cache_position, key.shape[2])
@@ -157,7 +157,7 @@ class TensorSessions:
 
         Raises ``InvalidRequestError`` when there is no such session, or when it is shorter.
         """
-        _check_name(name)
+        check_name(name)
         length = whole_number("length", length)
         with self._lock:
             session = self._known.get(name)
@@ -225,7 +225,8 @@ class TensorSessions:
         session.close()
 
 
-def _check_name(name: tuple[str, str]) -> None:
+def check_name(name: tuple[str, str]) -> None:
+    """Raise ``InvalidRequestError`` unless tenant and session id are text: 1 and True would be one tenant."""
     for field, part in zip(("tenant", "session_id"), name, strict=True):
         if not isinstance(part, str):
             raise InvalidRequestError(f"{field}={part!r}: must be text")

@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid._core import Batch, CapacityError
-from kvhybrid.cache.measured import input_device
+from kvhybrid.cache.measured import in_evaluation, input_device
 from kvhybrid.cache.step import Step
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.padding import vocab_size
@@ -39,13 +39,8 @@ def choose_packing(model: PreTrainedModel, layout: KVLayout, *, alone: bool = Fa
     """
     refuse(model)
     refuse_states(model, "an engine's steps take rows as they come; kvhybrid.attach serves such models")
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return _choose(model, layout, alone=alone)
-    finally:
-        model.train(was_training)
+    with in_evaluation(model), torch.inference_mode():
+        return _choose(model, layout, alone=alone)
 
 
 def _choose(model: PreTrainedModel, layout: KVLayout, *, alone: bool) -> tuple[Packing, str]:

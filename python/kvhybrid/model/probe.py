@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.cache.measured import input_device, measure_layers
+from kvhybrid.cache.measured import in_evaluation, input_device, measure_layers
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 from kvhybrid.model.interface import own_implementation, switch_off, switch_on
@@ -79,13 +79,8 @@ def try_routes(model: PreTrainedModel, layout: KVLayout) -> list[Trial]:
     or is refused for its kind.
     """
     refuse(model)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _try_routes(model, layout)
-    finally:
-        model.train(was_training)
+    with in_evaluation(model):
+        return _try_routes(model, layout)
 
 
 def refuse(model: PreTrainedModel) -> None:
