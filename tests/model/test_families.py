@@ -38,6 +38,8 @@ LATER_PAGED |= {"granitemoe", "opt", "persimmon"}
 # What transformers 4 has another cache for, or none that works.
 LATER = {"lfm2", "xglm", "deepseek_v3", "gemma3n_text", "doge"}
 IS_4 = transformers.__version__.startswith("4.")
+# Up to 5.18 its layers that share K and V hand over tensors of their own making.
+SHARES_LATER = "gemma3n_text" if transformers.__version__ < "5.2" else ""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_the_family_is_served_on_its_route(family: str, route: Route) -> None:
     with torch.no_grad():
         found = examine(family)
     assert "route" in found, found
-    if not IS_4 or (route is Route.PAGED and family not in LATER_PAGED):
+    if family != SHARES_LATER and (not IS_4 or (route is Route.PAGED and family not in LATER_PAGED)):
         assert found["route"] == route
     assert found["equal"]
     assert found["difference"] < ALLOWED
@@ -118,6 +120,8 @@ def test_each_layer_has_its_own_window() -> None:
 @pytest.mark.skipif(IS_4, reason="they came with transformers 5")
 @pytest.mark.parametrize("family", ["gemma3n_text", "gemma4_text"])
 def test_layers_that_differ_are_packed_in_the_engine_too(family: str) -> None:
+    if family == SHARES_LATER:
+        pytest.skip("its layers are of one shape in this version")
     model = small_model(family)
     layout = KVCache.for_model(model, KVCacheConfig(max_tokens=64, block_size=16)).layout
     assert layout.shapes

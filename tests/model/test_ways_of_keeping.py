@@ -37,6 +37,12 @@ def text_of(model: Any, ids: torch.Tensor = PROMPT) -> torch.Tensor:
     return model.generate(ids, **GREEDY)
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before() -> None:
+    """Past a number of compilations in one process torch gives up, and runs plain code without a word."""
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="module")
 def expected() -> torch.Tensor:
     """What the weights write when nothing is attached."""
