@@ -296,3 +296,21 @@ def test_sessions_and_tenants_are_text_so_that_no_two_are_one(attachment: Attach
             attachment.cache.session(wrong)
         with pytest.raises(InvalidRequestError, match="must be text"):
             attachment.cache.session("alice", tenant=wrong)
+
+
+NONSENSE: list[dict[str, object]] = [
+    {"texts": [b""], "pads": [0], "columns": -3, "layers": None},
+    {"texts": [b"\0\0\0\0"], "pads": [10**11], "columns": 10**11 + 1, "layers": None},
+    {"texts": [b""], "pads": [10**18], "columns": 0, "layers": None},
+    {"columns": float("inf")},
+]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=str)
+def test_numbers_that_no_text_has_are_refused(attachment: Attachment, nonsense: dict[str, object]) -> None:
+    session, other = attachment.cache.session("root"), attachment.cache.session("other")
+    feed(attachment, session, prompt(20))
+    body = msgpack.packb({**msgpack.unpackb(session.export()[32:]), **nonsense})
+    with pytest.raises(CorruptPageError):
+        other.import_(_digest(body, b"") + body)
+    assert other.get_seq_length() == 0

@@ -132,6 +132,31 @@ def test_padded_batches_are_bit_equal_to_themselves(route: Route) -> None:
     assert torch.equal(warm[1], cold[1])
 
 
+@pytest.mark.parametrize("route", list(Route))
+def test_a_padded_prompt_leaves_nothing_to_the_same_prompt_without_padding(route: Route) -> None:
+    model, ids = make_model("llama", dtype=torch.bfloat16), prompt(150)
+    with attached(model, route) as cold:
+        expected = answer(cold, ids)[1]
+    for pad in (1, 4, 7):
+        with attached(model, route) as warm:
+            padded = torch.cat([torch.zeros(1, pad, dtype=torch.long), ids], dim=1)
+            answer(warm, padded, attention_mask=(torch.arange(150 + pad) >= pad).long()[None])
+            assert torch.equal(answer(warm, ids)[1], expected)
+
+
+@torch.no_grad()
+def test_what_repeated_rows_compute_is_not_shared_with_one_alone() -> None:
+    model, ids = make_model("llama"), prompt(100)
+    with attached(model, Route.PAGED) as attachment:
+        session = attachment.cache.session("alice")
+        model(ids[:, :GRID], past_key_values=session)
+        session.batch_repeat_interleave(2)
+        model(ids[:, GRID : 3 * GRID].repeat(2, 1), past_key_values=session)
+        other = attachment.cache.session("bob")
+        model.generate(ids, max_new_tokens=1, past_key_values=other)
+        assert other.cached_tokens == [GRID]
+
+
 def test_a_long_call_is_the_same_as_its_parts() -> None:
     model = make_model("llama")
     ids = prompt(75)

@@ -34,6 +34,7 @@ from kvhybrid.model.obstacles import (
     obstacle_to_reuse,
     obstacle_to_step,
     precision_of,
+    settings_of,
 )
 from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
 from kvhybrid.model.padding import vocab_size
@@ -102,6 +103,7 @@ class Attachment:
             del self.model.__dict__[name]
         self.model.__dict__.update(self._own)
         self.cache.on_session(None)
+        self.weights.leave()
         if self.route is Route.PAGED:
             switch_off(self.model)
 
@@ -154,7 +156,10 @@ class Attachment:
             mixes_rows=mixes_rows(self.model),
             states=states,
         )
-        return PagedSession(rows, functools.partial(self.session, tenant=tenant), self.weights.fingerprint)
+        session = PagedSession(rows, functools.partial(self.session, tenant=tenant), self.weights.fingerprint)
+        # Whoever holds it, it ends with the attachment: another model would read this one's pages.
+        self.cache.watch(session)
+        return session
 
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with every cached prefix of the prompt reused.
@@ -170,10 +175,11 @@ class Attachment:
         if past is not None and not is_ours:
             return self._generate(inputs, *args, **kwargs)
         ids = inputs if inputs is not None else kwargs.get("input_ids")
-        config = kwargs.get("generation_config", args[0] if args else None) or self.model.generation_config
+        given = kwargs.get("generation_config", args[0] if args else None)
+        settings = settings_of(kwargs, given, self.model.generation_config)
         self.weights.survey()
         obstacle = (
-            obstacle_to_reuse(ids, kwargs, config, in_session=is_ours, drops_out=self.weights.drops_out)
+            obstacle_to_reuse(ids, kwargs, settings, in_session=is_ours, drops_out=self.weights.drops_out)
             or self._obstacle_in_model()
         )
         if obstacle is not None and is_ours:
@@ -184,10 +190,10 @@ class Attachment:
             )
             return self._without(f"it cannot take {obstacle}" if is_said else "", "", inputs, args, kwargs)
         session = past if isinstance(past, PagedSession) else self.session("")
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        chunk = settings["prefill_chunk_size"]
         if isinstance(chunk, int) and chunk > 0:
             kwargs["prefill_chunk_size"] = None  # the prompt is cut here, behind what is cached of it
-        mask = mask_of(ids, kwargs, config)
+        mask = mask_of(ids, kwargs, settings)
         with session.rows.owner.in_use():
             try:
                 session.rows.prepare(ids, mask)

@@ -23,6 +23,16 @@ class Grid:
         self.width = width
         self.exact = 0
         """Columns computed on the grid, from the first one on."""
+        self.is_shared = True
+        """False once the rows are others than those that were opened: they add up in another order."""
+
+    def begin(self, columns: int) -> None:
+        """Begin with ``columns`` that were found."""
+        self.exact, self.is_shared = columns, True
+
+    def follow(self, other: Grid) -> None:
+        """Stand where ``other`` does."""
+        self.exact, self.is_shared = other.exact, other.is_shared
 
     def stops(self, start: int, stop: int) -> list[int]:
         """Return the columns between ``start`` and ``stop`` at which passes must end."""
@@ -47,4 +57,4 @@ class Grid:
         return not self.width or columns <= self.exact
 
     def _fits(self, rows: Rows, width: int) -> bool:
-        return rows.columns == self.exact and width == self.width
+        return self.is_shared and rows.columns == self.exact and width == self.width

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from transformers import GenerationConfig
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 # Arguments of ``forward`` that leave the K and V of given tokens at given places alone.
 NEUTRAL: Final = frozenset(
@@ -41,6 +42,19 @@ SHAPING: Final = (
     "pixel_",
     "image_",
     "video_",
+)
+
+TOKENS: Final = ("pad_token_id", "eos_token_id")
+# What of a generation configuration decides about reuse.
+SETTINGS: Final = (
+    "use_cache",
+    "cache_implementation",
+    "assistant_early_exit",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict_in_generate",
+    "prefill_chunk_size",
+    *TOKENS,
 )
 
 NO_CACHE: Final = "use_cache=False: it is a cache"
@@ -79,26 +93,43 @@ def _obstacle_in_mask(mask: Any) -> str | None:
     return f"an attention_mask of {shape}: it takes [batch, tokens] only"
 
 
+def settings_of(
+    kwargs: dict[str, Any], given: GenerationConfig | None, own: GenerationConfig
+) -> dict[str, Any]:
+    """Return the ``SETTINGS`` that hold for a call of ``generate``.
+
+    As transformers does: what the call says itself, then what the configuration that it was ``given`` says
+    and is no default, then what the model's ``own`` says.
+    """
+    settings = {name: getattr(own, name, None) for name in SETTINGS}
+    if given is not None:
+        defaults = GenerationConfig()
+        for name in SETTINGS:
+            value = getattr(given, name, None)
+            # With ``use_model_defaults=False`` (transformers 4) tokens alone come from the model's own.
+            is_own = name not in TOKENS and kwargs.get("use_model_defaults") is False
+            if is_own or (value is not None and value != getattr(defaults, name, None)):
+                settings[name] = value
+    return settings | {name: kwargs[name] for name in SETTINGS if name in kwargs}
+
+
 def obstacle_to_reuse(
-    ids: Any, kwargs: dict[str, Any], config: GenerationConfig, *, in_session: bool, drops_out: bool
+    ids: Any, kwargs: dict[str, Any], settings: dict[str, Any], *, in_session: bool, drops_out: bool
 ) -> str | None:
     """Return what of a call to ``generate`` keeps its prompt from being cached, or None.
 
-    ``in_session``: the caller passed a session, and gets what transformers gives with a cache that holds
-    something: hidden states of the tokens computed, not of those that were cached.
+    ``settings``: what ``settings_of`` returned. ``in_session``: the caller passed a session, and gets what
+    transformers gives with a cache that holds something: hidden states of the tokens computed, not of those
+    that were cached.
     """
-
-    def option(name: str) -> Any:
-        return kwargs.get(name, getattr(config, name, None))
-
-    if option("use_cache") is False:
+    if settings["use_cache"] is False:
         return NO_CACHE
     for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
-        if option(name):
+        if settings[name]:
             return name
     if (obstacle := _obstacle_in_prompt(ids, kwargs, in_session=in_session)) is not None:
         return obstacle
-    if not in_session and option("output_hidden_states") and option("return_dict_in_generate"):
+    if not in_session and settings["output_hidden_states"] and settings["return_dict_in_generate"]:
         return "output_hidden_states: those of cached tokens are not computed"
     return DROPOUT if drops_out else None
 
@@ -137,7 +168,7 @@ def obstacle_in_precision(
     return None
 
 
-def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], config: GenerationConfig) -> torch.Tensor | None:
+def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], settings: dict[str, Any]) -> torch.Tensor | None:
     """Return the prompt's attention mask: the one given, or the one that ``generate`` will infer.
 
     transformers takes the padding token for padding wherever it stands, unless it also ends texts.
@@ -145,8 +176,7 @@ def mask_of(ids: torch.Tensor, kwargs: dict[str, Any], config: GenerationConfig)
     mask: torch.Tensor | None = kwargs.get("attention_mask")
     if mask is not None:
         return mask
-    pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
-    ends = kwargs.get("eos_token_id", getattr(config, "eos_token_id", None))
+    pad, ends = (settings[name] for name in TOKENS)
     known_ends = ends if isinstance(ends, list | tuple) else [ends]
     if not isinstance(pad, int) or pad in known_ends or not bool((ids == pad).any()):
         return None

@@ -121,14 +121,14 @@ def _text(found: dict[str, Any], rows: SessionRows) -> Released:
     try:
         texts = [np.frombuffer(tokens, "<u4").astype(np.uint32) for tokens in found["texts"]]
         pads, columns = [int(pad) for pad in found["pads"]], int(found["columns"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptPageError(f"no text in the exported session: {error!r}") from None
-    fits = (
-        len(pads) == len(texts)
-        and (bool(texts) or columns == 0)
-        and all(
-            pad >= 0 and len(text) == max(columns - pad, 0) for pad, text in zip(pads, texts, strict=False)
-        )
+    # Padding costs the one who writes it nothing, and us a mask as wide.
+    widest = max(rows.cache.pool.num_pages * rows.cache.layout.block_size, *map(len, texts), 0)
+    fits = len(pads) == len(texts) and 0 <= columns <= (widest if texts else 0)
+    fits = fits and all(
+        0 <= pad <= widest and len(text) == max(columns - pad, 0)
+        for pad, text in zip(pads, texts, strict=True)
     )
     if not fits or any(len(text) and int(text.max()) >= rows.vocab_size for text in texts):
         raise CorruptPageError("the exported session's tokens do not fit together, or another vocabulary")

@@ -8,7 +8,7 @@ and nothing of ``transformers``.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
     from kvhybrid.model.rows import Text
     from kvhybrid.model.session_states import SessionStates
@@ -34,6 +35,9 @@ class Weights(Protocol):
 
     def namespace(self, *parts: str) -> int:
         """Return the namespace as of now."""
+
+    def follow(self, other: Self) -> None:
+        """Take over what ``other``'s namespace was asked for, by whoever takes over its pages."""
 
     def is_stale(self) -> bool:
         """Return whether the model has changed since ``namespace`` was last asked."""
@@ -74,6 +78,7 @@ class SessionRows:
         self._reopening = NOTHING
         self._fed: Fed | None = None
         self._width = 0  # columns of the step under way
+        self._each = 1  # how often it repeats the rows that there were before it
         self.owner = Ownership(name, weakref.WeakMethod(self.reset))
 
     @property
@@ -116,10 +121,10 @@ class SessionRows:
         """Open rows in place of those held; new ones first, so that shared pages do not leave in between."""
         share = True
         parts: tuple[str, ...] = ()
-        if self.grid.width and len(texts) > 1:
-            # A batch of another shape adds up in another order.
+        if self.grid.width and (len(texts) > 1 or any(pads)):
+            # A batch of another shape adds up in another order, and padding moves a text's passes.
             parts = ("batch", repr(pads))
-            share = not self._mixes_rows
+            share = len(texts) == 1 or not self._mixes_rows
         namespace = self._weights.namespace(*parts)
         rows = Rows.open(
             self.cache,
@@ -134,7 +139,7 @@ class SessionRows:
         old, self.rows, self._released = self.rows, rows, NOTHING
         if old is not None:
             old.close()
-        self.grid.exact = rows.columns
+        self.grid.begin(rows.columns)
         self.cached = [row.length for row in rows.sequences]
         self.reader.forget(0)
         return rows
@@ -187,8 +192,7 @@ class SessionRows:
         the session is then as it was.
         """
         self.owner.check_open()
-        if self.step is not None:
-            raise InvalidRequestError("a forward pass of this session is still under way")
+        self._check_idle()
         ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
         if mask is not None and mask.dim() != 2:
@@ -200,12 +204,24 @@ class SessionRows:
             pads = read_padding(mask, batch, width)
             texts = [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)]
             rows = self._open(texts, pads, reuse=False)
-        elif len(rows) != batch:
-            if batch % len(rows):
-                raise InvalidRequestError(
-                    f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
-                )
-            self.repeat(batch // len(rows))
+        if batch % len(rows):
+            raise InvalidRequestError(
+                f"input_ids has {batch} rows, the session was begun with {self.num_rows}"
+            )
+        self._each = batch // len(rows)
+        if self._each > 1:
+            self.repeat(self._each)
+        try:
+            self._plan(rows, ids, mask)
+        except BaseException:
+            if is_new:
+                self._drop_rows()
+            self._unrepeat()
+            raise
+        self._start(rows.columns)
+
+    def _plan(self, rows: Rows, ids: Ids, mask: torch.Tensor | None) -> None:
+        width = ids.shape[1]
         if mask is not None and not has_padding(mask, rows.pads, rows.columns + width):
             raise UnsupportedError("attention_mask hides other tokens than when the session was begun")
         self.grid.bound(rows, width)
@@ -213,13 +229,20 @@ class SessionRows:
         try:
             self.step = rows.plan(fed)
         except BaseException:
-            if is_new:
-                self._drop_rows()
-            elif fed.is_new:
+            if fed.is_new:
                 rows.take_back()
             raise
         self._fed, self._width = fed, width
-        self._start(rows.columns)
+
+    def _unrepeat(self) -> None:
+        """Undo what ``begin`` repeated."""
+        each, self._each = self._each, 1
+        if each > 1:
+            self.select(list(range(0, self.num_rows, each)))
+
+    def _check_idle(self) -> None:
+        if self.step is not None:
+            raise InvalidRequestError("a forward pass of this session is still under way")
 
     def _start(self, columns: int) -> None:
         self.reader.start(columns)
@@ -256,6 +279,7 @@ class SessionRows:
         if fed.is_new:
             rows.take_back()
         self.reader.forget(rows.columns)
+        self._unrepeat()
         if self.states is not None:
             # Layers have gone on while the pass ran: their states are of no text, and computed again.
             self._let_go()
@@ -263,13 +287,19 @@ class SessionRows:
     def rewind(self, before: tuple[int, list[Text]] | None) -> None:
         """Go back to what ``mark`` returned; None: to a session without text."""
         if before is None:
-            self._drop_rows()
-        elif self.rows is not None:
-            self.rows.rewind(*before)
-            if self.states is not None:
-                self._let_go()
-            self.grid.crop(before[0])
-            self.reader.forget(before[0])
+            self.reset()
+            return
+        columns, known = before
+        if self.num_rows != len(known):  # its first pass repeated them
+            self.select(list(range(0, self.num_rows, self.num_rows // len(known))))
+        self.grid.crop(columns)
+        self.reader.forget(columns)
+        if self.rows is None:
+            self._released = self._released.crop(columns)
+            return
+        self.rows.rewind(columns, known)
+        if self.states is not None:
+            self._let_go()
 
     def mark(self) -> tuple[int, list[Text]] | None:
         """Return where the session stands, for ``rewind``."""
@@ -312,6 +342,7 @@ class SessionRows:
 
     def crop(self, columns: int) -> None:
         """Drop every column from ``columns`` on."""
+        self._check_idle()
         self.grid.crop(columns)
         if self.states is not None and not self.states.live.crop(self.columns - columns, self.columns):
             if columns >= self.columns:
@@ -325,10 +356,13 @@ class SessionRows:
 
     def select(self, chosen: list[int]) -> None:
         """Keep these rows, in this order; a row taken twice is forked, not copied."""
+        self._check_idle()
         if self.rows is None:
             self._released = self._released.select(chosen)
             return
+        pads = self.rows.pads
         self.rows.select(chosen)
+        self.grid.is_shared &= self.rows.pads == pads
         self.reader.reorder(chosen)
         if self.states is not None:
             self.states.select(chosen)
@@ -339,14 +373,14 @@ class SessionRows:
 
     def copy_to(self, other: SessionRows) -> None:
         """Give ``other``, a fresh session of the same model and tenant, this one's text and pages."""
-        if self.step is not None:
-            raise InvalidRequestError("a forward pass of this session is still under way")
+        self._check_idle()
         self.owner.check_open()
         other.rows = self.rows.fork() if self.rows is not None else None
         if self.rows is not None and self.states is not None and other.states is not None:
             self.states.copy_to(other.states, len(self.rows))
         other.cached, other._released = list(self.cached), self._released
-        other.grid.exact = self.grid.exact
+        other.grid.follow(self.grid)
+        other._weights.follow(self._weights)
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.

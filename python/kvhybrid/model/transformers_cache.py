@@ -71,7 +71,6 @@ class PagedSession(Cache):
             for index in range(n):
                 fork = self._fresh(f"{self.rows.name}/{index}")
                 self.rows.copy_to(fork.rows)
-                self.rows.cache.watch(fork)
                 forks.append(fork)
         return forks
 
@@ -188,24 +187,29 @@ class PagedSession(Cache):
         columns = columns_kept(self.rows.columns, max_length)
         if columns < 0:
             raise InvalidRequestError(f"crop({max_length}) of a session of {self.rows.columns} columns")
-        self.rows.crop(columns)
+        with self.rows.owner.in_use():
+            self.rows.crop(columns)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Keep the rows ``beam_idx``, in that order; a row taken twice is forked, not copied."""
-        self.rows.select(beam_idx.tolist())
+        with self.rows.owner.in_use():
+            self.rows.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``, in that order."""
         chosen = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
-        self.rows.select(chosen.tolist())
+        with self.rows.owner.in_use():
+            self.rows.select(chosen.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Fork every row ``repeats - 1`` times, forks beside their row."""
-        self.rows.repeat(repeats)
+        with self.rows.owner.in_use():
+            self.rows.repeat(repeats)
 
     def reset(self) -> None:
         """Forget the text; the session can be used again."""
-        self.rows.reset()
+        with self.rows.owner.in_use():
+            self.rows.reset()
 
     def activate_past_recording(self) -> None:
         """Have layers that keep a state keep what ``crop`` takes back; K and V can always be cropped."""

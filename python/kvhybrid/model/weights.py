@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
-from typing import TYPE_CHECKING, Any, Final
+import weakref
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import torch
 
@@ -29,12 +30,30 @@ ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dr
 COLLECTING: Final = "transformers.utils.output_capturing"
 
 
+# One count for the process: weights that were not recognised never get a number that others had.
+_epochs = itertools.count(1)
+
+
+class Left(NamedTuple):
+    """How the weights of a model were when nobody watched it any more."""
+
+    epoch: int
+    tensors: list[weakref.ref[torch.Tensor]]
+    seen: list[object]
+    versions: tuple[int, ...]
+    values: list[torch.Tensor]
+
+
+_left: weakref.WeakKeyDictionary[PreTrainedModel, Left] = weakref.WeakKeyDictionary()
+
+
 class ModelState:
-    """Watches one model. ``epoch`` counts the changes of its weights; ``parts`` name all of its state."""
+    """Watches one model. ``epoch`` changes with its weights; ``parts`` name all of its state."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        self.epoch = self.kept_epoch = 0
+        self.epoch = next(_epochs)
+        self.kept_epoch = 0
         self._seen: list[object] = []
         self._views: list[list[torch.Tensor]] = []
         self._values: list[torch.Tensor] = []
@@ -44,26 +63,45 @@ class ModelState:
         self._droppers: list[torch.nn.Module] = []
         self._hooks = ""
         self._digest: tuple[int, str] | None = None
+        self._return()
         self.look()
 
-    def survey(self) -> None:
-        """Find the adapters, hooks and dropout among the model's modules; weights are not looked at."""
+    def leave(self) -> None:
+        """Remember the weights for whoever watches this model next: pages of the same ones are then found."""
+        self.glance()
+        tensors = [weakref.ref(tensor) for tensor in self._watched]
+        _left[self._model] = Left(self.epoch, tensors, self._seen, self._versions, self._values)
+
+    def _return(self) -> None:
+        left = _left.pop(self._model, None)
+        if left is None:
+            return
+        watched = [tensor for known in left.tensors if (tensor := known()) is not None]
+        if len(watched) == len(left.tensors):  # else an address may be another tensor's by now
+            self.epoch, self._seen, self._versions, self._values = left.epoch, *left[2:]
+            self._watched, self._views = watched, _views(watched)
+
+    def survey(self) -> list[torch.nn.Module]:
+        """Find the adapters, hooks and dropout among the model's modules, all of which it returns.
+
+        Weights are not looked at.
+        """
         modules = _modules(self._model)
         self._tuners = list(_tuners(modules))
         self._droppers = [module for module in modules if _can_drop(module)] + self._tuners
         self._hooks = _hooks(modules)
+        return modules
 
     def look(self) -> bool:
         """Compare every weight with how it was, by identity, version and samples. True if one changed."""
-        watched = [tensor for tensor in _weights(self._model) if not tensor.is_meta]
+        watched = [tensor for tensor in _weights(self.survey()) if not tensor.is_meta]
         seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
-        self.survey()
         if seen == self._seen:
             return self.glance()
         self._watched, self._seen = watched, seen
         self._views = _views(watched)
         self._versions, self._values = self._state()
-        self.epoch += 1
+        self.epoch = next(_epochs)
         return True
 
     def glance(self) -> bool:
@@ -74,7 +112,8 @@ class ModelState:
         versions, values = self._state()
         is_same = versions == self._versions and all(map(torch.equal, values, self._values))
         self._versions, self._values = versions, values
-        self.epoch += not is_same
+        if not is_same:
+            self.epoch = next(_epochs)
         return not is_same
 
     def _state(self) -> tuple[tuple[int, ...], list[torch.Tensor]]:
@@ -83,7 +122,7 @@ class ModelState:
 
     def invalidate(self) -> None:
         """Take the weights for changed."""
-        self.epoch += 1
+        self.epoch = next(_epochs)
 
     @property
     def adapters(self) -> str:
@@ -157,9 +196,13 @@ class Tenancy:
         self._parts = self._state.parts
         return self._cache.tenant_namespace(self._tenant, "model", str(self._model), *self._parts, *parts)
 
+    def follow(self, other: Self) -> None:
+        """Take over what ``other``'s namespace was asked for, by whoever takes over its pages."""
+        self._parts = other._parts
+
     def is_stale(self) -> bool:
         """Return whether the model has changed since ``namespace`` was last asked."""
-        self._state.glance()
+        self._state.look()  # weights, hooks and adapters may be other objects by now
         return self._parts != self._state.parts
 
 
@@ -180,11 +223,11 @@ def _modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-def _weights(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Return every parameter and buffer once."""
+def _weights(modules: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """Return every parameter and buffer of ``modules`` once."""
     tensors = {
         id(tensor): tensor
-        for module in _modules(model)
+        for module in modules
         for held in (module._parameters, module._buffers)
         for tensor in held.values()
         if tensor is not None
