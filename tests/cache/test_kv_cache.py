@@ -185,6 +185,25 @@ def test_taking_the_maker_away_takes_its_sessions_away():
         cache.session("a")
 
 
+def test_a_session_asked_for_while_the_cache_closes_is_refused_as_by_a_closed_one():
+    cache = make()
+    cache.on_session(lambda name, tenant: pytest.fail("made a session of a closed cache"))
+    lock = cache._lock
+
+    class ClosedMeanwhile:
+        def __enter__(self):
+            cache._lock = lock
+            cache.close()
+            return lock.__enter__()
+
+        def __exit__(self, *exc_info):
+            lock.__exit__(*exc_info)
+
+    cache._lock = ClosedMeanwhile()
+    with pytest.raises(ClosedError):
+        cache.session("alice")
+
+
 def test_a_session_that_cannot_be_made_is_not_remembered():
     cache = make()
 

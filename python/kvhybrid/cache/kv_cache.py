@@ -129,14 +129,14 @@ class KVCache:
         (``kvhybrid.attach(model, cache)``); without one raises ``UnsupportedError``. Raises
         ``InvalidRequestError`` for names that are not text.
         """
-        self._check_open()
-        if self._make_session is None:
-            raise UnsupportedError(
-                "no model is attached to this cache: call kvhybrid.attach(model, cache) first"
-            )
         key = (tenant, session_id)
         check_name(key)
         with self._lock:
+            self._check_open()
+            if self._make_session is None:
+                raise UnsupportedError(
+                    "no model is attached to this cache: call kvhybrid.attach(model, cache) first"
+                )
             if key not in self._sessions:
                 self._sessions[key] = self._make_session(session_id, tenant)
             return self._sessions[key]
