@@ -263,9 +263,12 @@ def test_a_model_that_was_compiled_can_be_attached_and_comes_back_compiled(
     torch._dynamo.reset()
 
 
-def test_layers_compiled_after_attach_are_a_clear_error_where_pages_are_read(expected: torch.Tensor) -> None:
+def test_layers_compiled_after_attach_are_a_clear_error_where_pages_are_read(
+    expected: torch.Tensor,
+) -> None:
     model = make_model("llama")
-    with _attach(model, Route.PAGED) as attachment:
+    # outlines sets it for the whole process
+    with torch._dynamo.config.patch(suppress_errors=False), _attach(model, Route.PAGED) as attachment:
         model.model.layers[1].compile(backend="eager")
         with pytest.raises(UnsupportedError, match="compiled after attach"):
             text_of(model)
@@ -275,4 +278,17 @@ def test_layers_compiled_after_attach_are_a_clear_error_where_pages_are_read(exp
         assert attachment.route is Route.MATERIALISED
         for _ in range(2):
             assert torch.equal(text_of(model), expected)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_that_torch_gives_up_compiling_write_the_same(
+    expected: torch.Tensor,
+) -> None:
+    model = make_model("llama")
+    with torch._dynamo.config.patch(suppress_errors=True), _attach(model, Route.PAGED) as attachment:
+        model.model.layers[1].compile(backend="eager")
+        for _ in range(2):
+            assert torch.equal(text_of(model), expected)
+        assert cached(attachment) == 36
     torch._dynamo.reset()
