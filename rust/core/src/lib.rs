@@ -2,15 +2,18 @@
 //!
 //! It knows token ids, page ids and order. It has never heard of tensors, models, Python or event
 //! loops: what a page holds is the caller's, and so is every copy. All of it is plain data behind
-//! `&mut`; whoever shares a [`Pool`] brings the lock.
+//! `&mut`; whoever shares a [`Pool`] brings the lock. [`kernel`] computes with what pages hold, and knows
+//! none of the rest.
 //!
 //! A step is a [`Plan`]: [`Pool::plan`] decides, [`Pool::fill`] writes the decision out and makes it
 //! final for the victims, [`Pool::commit`] makes it true, [`Pool::abandon`] takes it back.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod error;
 mod ids;
+#[allow(unsafe_code)] // addresses of pages and vector instructions; nothing else here needs any
+pub mod kernel;
 mod pages;
 mod plan;
 mod policy;
