@@ -5,6 +5,7 @@
 //! of threads that lives on between calls (`team`).
 
 #![allow(clippy::inline_always)] // what is not inlined into a body is not compiled for its instruction set
+#![cfg_attr(test, allow(clippy::float_cmp, clippy::cast_precision_loss))] // tests compare what is exact
 
 pub mod half;
 pub mod isa;

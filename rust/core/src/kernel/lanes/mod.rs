@@ -125,6 +125,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::print_stdout)] // says what is skipped
     fn every_set_of_this_machine_computes_the_same() {
         for isa in Isa::ALL {
             if isa.is_available() {
