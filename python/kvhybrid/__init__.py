@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         LayoutError,
         OutOfMemoryError,
         OverloadedError,
+        TraceError,
         UnsupportedError,
     )
     from kvhybrid.layout import KVLayout
@@ -44,6 +45,7 @@ __all__ = [
     "LayoutError",
     "OutOfMemoryError",
     "OverloadedError",
+    "TraceError",
     "UnsupportedError",
     "__version__",
     "attach",
@@ -65,6 +67,7 @@ _HOME: Final = {
     "LayoutError": "kvhybrid.errors",
     "OutOfMemoryError": "kvhybrid.errors",
     "OverloadedError": "kvhybrid.errors",
+    "TraceError": "kvhybrid.errors",
     "UnsupportedError": "kvhybrid.errors",
     "attach": "kvhybrid.model.attach",
     "detach": "kvhybrid.model.attach",

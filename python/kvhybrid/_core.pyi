@@ -20,8 +20,10 @@ __all__ = [
     "KVHybridError",
     "PagePool",
     "Plan",
+    "Replay",
     "Sequence",
     "TokenBuffer",
+    "Trace",
     "__version__",
 ]
 
@@ -194,3 +196,44 @@ class PagePool:
         the request path."""
     def check(self) -> None:
         """Verify every invariant; raises ``AssertionError`` naming the one that broke. For tests."""
+
+@final
+class Trace:
+    """A recorded workload on the native side: requests in order of arrival, each a path of blocks."""
+
+    def __new__(cls, block_tokens: int, *, join: int = 1, full_blocks_only: bool = False) -> Trace:
+        """``join`` makes one block of so many, named by the last of them, and leaves out what does not
+        fill one; ``full_blocks_only`` leaves out a last block that a prompt fills in part."""
+    def __len__(self) -> int:
+        """Requests."""
+    @property
+    def num_references(self) -> int:
+        """Blocks of all prompts together."""
+    @property
+    def num_unique(self) -> int:
+        """Different blocks."""
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block, after joining."""
+    def extend(self, requests: _Buffer, runs: _Buffer) -> None:
+        """Add requests. ``requests``: int64, four a request: milliseconds, prompt tokens, generated
+        tokens, and how many numbers of ``runs`` are its own. ``runs``: int64, pairs of a block's id and
+        how many consecutive ids begin there.
+
+        Raises ``ValueError`` naming the request; those before it were added. Raises ``RuntimeError``
+        once the trace is being replayed.
+        """
+
+@final
+class Replay:
+    """A trace on its way through a pool of ``num_blocks`` pages, a block a page."""
+
+    def __new__(cls, trace: Trace, num_blocks: int) -> Replay: ...
+    def advance(self, requests: int) -> int:
+        """Replay up to so many more requests, without the interpreter. Returns how many are done in all."""
+    @property
+    def hits(self) -> int:
+        """Blocks that were cached when a prompt asked for them."""
+    @property
+    def references(self) -> int:
+        """Blocks that prompts asked for so far."""

@@ -25,6 +25,7 @@ __all__ = [
     "LayoutError",
     "OutOfMemoryError",
     "OverloadedError",
+    "TraceError",
     "UnsupportedError",
 ]
 
@@ -43,6 +44,12 @@ class CorruptPageError(KVHybridError):
 
 class LayoutError(KVHybridError):
     """Tensors or a model do not have the shape that the cache was laid out for."""
+
+    __module__ = "kvhybrid"
+
+
+class TraceError(KVHybridError, ValueError):
+    """A file is no recorded workload; the message names file and line."""
 
     __module__ = "kvhybrid"
 

@@ -87,6 +87,46 @@ def doctor(
     raise typer.Exit(0 if served else 1)
 
 
+@app.command()
+def simulate(
+    traces: Annotated[
+        list[Path], typer.Argument(metavar="TRACE...", help="Recorded workloads, gzip'd or not.")
+    ],
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="lru or adaptive; again, or with commas, for several.  [default: lru]"),
+    ] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FRACTION|BLOCKS",
+            help="Of the different blocks (0.05, 5%) or a number of them; likewise.  [default: 1%,5%,25%]",
+        ),
+    ] = None,
+    join: Annotated[int, typer.Option(min=1, help="Make one block of so many.")] = 1,
+    full_blocks_only: Annotated[
+        bool, typer.Option("--full-blocks-only", help="Leave out last blocks that a prompt fills in part.")
+    ] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Write what came out as JSON to this file; - is stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw hit ratio against size into this SVG file.")] = None,
+) -> None:
+    """Replay recorded workloads through the real core, to see what a size or a policy is worth."""
+    from kvhybrid.cli.simulate import run_simulate
+
+    with _clear_errors():
+        run_simulate(
+            traces,
+            policies=policy or ["lru"],
+            sizes=size or ["1%,5%,25%"],
+            join=join,
+            full_blocks_only=full_blocks_only,
+            json_path=json,
+            plot_path=plot,
+        )
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Print our own errors in one line; a traceback helps nobody who typed a wrong path."""
 

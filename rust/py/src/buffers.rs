@@ -85,6 +85,18 @@ pub fn with_int32<T>(name: &str, object: &Bound<'_, PyAny>, work: impl FnOnce(&[
     work(unsafe { view.slice() })
 }
 
+/// Call `work` with an int64 argument that is only read.
+pub fn with_int64<T>(name: &str, object: &Bound<'_, PyAny>, work: impl FnOnce(&[i64]) -> PyResult<T>) -> PyResult<T> {
+    let mut room = Room::new();
+    let view = room.view(object, name, ffi::PyBUF_ND)?;
+    view.check_dimensions(name, 1)?;
+    if view.element() != Element::Int64 {
+        return Err(view.refuse_format(name, "int64"));
+    }
+    // SAFETY: `view` checked alignment and length; every bit pattern is an i64.
+    work(unsafe { view.slice() })
+}
+
 /// Room for a buffer view. It stays where it is while the view lives: some exporters point into it.
 pub struct Room(MaybeUninit<ffi::Py_buffer>);
 

@@ -9,6 +9,7 @@ mod buffers;
 mod errors;
 mod plan;
 mod pool;
+mod replay;
 mod sequence;
 mod token_buffer;
 
@@ -26,6 +27,8 @@ mod _core {
     use crate::plan::Plan;
     #[pymodule_export]
     use crate::pool::PagePool;
+    #[pymodule_export]
+    use crate::replay::{Replay, Trace};
     #[pymodule_export]
     use crate::sequence::Sequence;
     #[pymodule_export]

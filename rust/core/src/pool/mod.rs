@@ -16,7 +16,7 @@ use crate::stats::{Statistics, Totals};
 use crate::tree::{Tree, Victim};
 
 /// Tokens are below this: they cross the boundary as int32.
-const MAX_TOKEN: u32 = i32::MAX as u32;
+pub(crate) const MAX_TOKEN: u32 = i32::MAX as u32;
 
 /// Pages of `block_size` tokens, the prefix tree over them, and who must leave first.
 pub struct Pool {
