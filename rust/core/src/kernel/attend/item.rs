@@ -1,0 +1,384 @@
+//! One piece of the work: some blocks of one segment, for one KV head and all queries that share it.
+
+use std::ops::Range;
+
+use super::exp::{exp, soft_cap};
+use super::layer::{Bits, Cold, Layer, Query, Scoring};
+use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
+use super::mix::{self, Mix};
+use super::rows::{Rows, Segment};
+use super::scores::{self, Tile};
+use crate::kernel::half::{Float, f16_to_f32, f32_to_bf16};
+use crate::kernel::isa::{Arith, Body};
+
+/// Tokens whose weights are taken at once.
+const CHUNK: usize = 128;
+
+/// Room that a thread keeps between pieces. Vectors only grow.
+#[derive(Default)]
+pub(super) struct Scratch {
+    queries: Vec<f32>,
+    brief: Vec<u16>,
+    folded: Vec<f32>,
+    bias: Vec<f32>,
+    scores: Vec<f32>,
+    weights: Vec<f32>,
+    page: Vec<f32>,
+    scales: Vec<f32>,
+    limits: Vec<(u32, u32)>,
+    /// For each query: its largest score, the sum of its weights, and its weighted values.
+    pub largest: Vec<f32>,
+    pub total: Vec<f32>,
+    pub sums: Vec<f32>,
+    /// Numbers from one query's sums to the next one's.
+    pub width: usize,
+}
+
+/// One piece. Leaves largest scores, totals and sums in the scratch, queries ordered by member, token and
+/// head of the group.
+pub(super) struct Item<'a> {
+    pub layer: &'a Layer,
+    pub query: &'a Query,
+    pub scoring: &'a Scoring<'a>,
+    pub rows: &'a Rows,
+    pub segment: &'a Segment,
+    pub head: usize,
+    pub blocks: Range<usize>,
+    pub scratch: &'a mut Scratch,
+}
+
+fn room(of: &mut Vec<f32>, length: usize) {
+    if of.len() < length {
+        of.resize(length, 0.0);
+    }
+}
+
+impl Body for Item<'_> {
+    type Out = ();
+
+    #[inline(always)]
+    fn run<A: Arith>(self) {
+        let Item { layer, query, scoring, rows, segment, head, blocks, scratch } = self;
+        let group = query.heads / layer.kv_heads;
+        let count = segment.num_queries() * group;
+        let dots = A::DOTS_BF16
+            && layer.float == Float::Bf16
+            && query.float == Float::Bf16
+            && layer.dim.is_multiple_of(2 * A::LANES);
+        let table = &rows.table(segment.members[0]);
+        let cold = blocks.clone().any(|block| table[block] >= layer.pages);
+        let width = layer.dim.next_multiple_of(2 * A::LANES);
+        // Products of bfloat16 are exact whatever the scale, so there it is applied to scores.
+        let before = if dots { 1.0 } else { scoring.scale };
+        let after = if dots { scoring.scale } else { 1.0 };
+        prepare(scratch, query, rows, segment, head, group, width, layer.dim, before, scoring.window, dots);
+        let sums_width = (2 * layer.value_dim.div_ceil(2)).next_multiple_of(A::LANES);
+        scratch.width = sums_width;
+        room(&mut scratch.largest, count);
+        room(&mut scratch.total, count);
+        room(&mut scratch.sums, count * sums_width);
+        scratch.largest[..count].fill(f32::NEG_INFINITY);
+        scratch.total[..count].fill(0.0);
+        scratch.sums[..count * sums_width].fill(0.0);
+        let per_chunk = (CHUNK / layer.block).max(1);
+        let stride = (per_chunk * layer.block).next_multiple_of(16);
+        room(&mut scratch.scores, count * stride);
+        if cold {
+            room(&mut scratch.folded, count * width);
+            room(&mut scratch.bias, count);
+            room(&mut scratch.weights, count * layer.block);
+            room(&mut scratch.page, count * sums_width);
+            room(&mut scratch.scales, 2 * layer.dim.max(layer.value_dim).max(layer.block).next_multiple_of(16));
+        }
+        let lowest = scratch.limits[..segment.num_queries()].iter().map(|it| it.0).min().unwrap_or(0) as usize;
+        let highest = scratch.limits[..segment.num_queries()].iter().map(|it| it.1).max().unwrap_or(0) as usize;
+        let mut first = blocks.start.max(lowest / layer.block);
+        let end = blocks.end.min(highest.div_ceil(layer.block));
+        while first < end {
+            let last = (first + per_chunk).min(end);
+            for block in first..last {
+                let tokens = (highest - block * layer.block).min(layer.block);
+                let at = Place { page: table[block], head, offset: (block - first) * layer.block, stride, tokens };
+                // SAFETY: the page is there (checked with the rows), and all rooms were made above.
+                unsafe { score::<A>(layer, scratch, at, count, width, dots, after) };
+            }
+            let tokens = (highest - first * layer.block).min((last - first) * layer.block);
+            soften::<A>(scratch, scoring, segment.num_queries(), group, first * layer.block, tokens, stride);
+            for block in first..last {
+                let tokens = (highest - block * layer.block).min(layer.block);
+                let at = Place { page: table[block], head, offset: (block - first) * layer.block, stride, tokens };
+                // SAFETY: likewise.
+                unsafe { take::<A>(layer, scratch, at, count) };
+            }
+            first = last;
+        }
+    }
+}
+
+/// A page, and where its scores lie in a chunk's.
+#[derive(Clone, Copy)]
+struct Place {
+    page: u32,
+    head: usize,
+    offset: usize,
+    stride: usize,
+    tokens: usize,
+}
+
+/// Copy the queries of one KV head into the scratch, in float32 and scaled (or as they are, in bfloat16), and note
+/// which tokens each of them sees.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)] // one caller, and a struct would only rename them
+fn prepare(
+    scratch: &mut Scratch,
+    query: &Query,
+    rows: &Rows,
+    segment: &Segment,
+    head: usize,
+    group: usize,
+    width: usize,
+    dim: usize,
+    scale: f32,
+    window: Option<u32>,
+    dots: bool,
+) {
+    let queries = segment.num_queries();
+    room(&mut scratch.queries, queries * group * width);
+    if dots && scratch.brief.len() < queries * group * width {
+        scratch.brief.resize(queries * group * width, 0);
+    }
+    scratch.limits.clear();
+    let mut at = 0;
+    for member in &segment.members {
+        let row = rows.spans[*member];
+        for token in 0..row.count {
+            let end = row.past + token + 1;
+            scratch.limits.push((window.map_or(0, |window| end.saturating_sub(window)), end));
+            for g in 0..group {
+                let place = row.row * query.strides[0]
+                    + (head * group + g) * query.strides[1]
+                    + (row.column + token as usize) * query.strides[2];
+                let to = &mut scratch.queries[at * width..][..width];
+                to[dim..].fill(0.0);
+                // SAFETY: the caller of `attend` vouches for every query of every row.
+                unsafe {
+                    match query.float {
+                        Float::F32 => copy::<AsF32>(query.data.cast::<f32>().add(place), &mut to[..dim], scale),
+                        Float::F16 => copy::<AsF16>(query.data.cast::<u16>().add(place), &mut to[..dim], scale),
+                        Float::Bf16 => copy::<AsBf16>(query.data.cast::<u16>().add(place), &mut to[..dim], scale),
+                    }
+                }
+                if dots {
+                    for (brief, wide) in scratch.brief[at * width..][..width].iter_mut().zip(to.iter()) {
+                        *brief = f32_to_bf16(*wide);
+                    }
+                }
+                at += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
+    for (index, number) in to.iter_mut().enumerate() {
+        // SAFETY: the caller's: as many numbers as there is room.
+        *number = L::one(unsafe { *from.add(index) }) * scale;
+    }
+}
+
+/// Scores of one page's tokens.
+#[inline(always)]
+unsafe fn score<A: Arith>(
+    layer: &Layer,
+    scratch: &mut Scratch,
+    at: Place,
+    count: usize,
+    width: usize,
+    dots: bool,
+    after: f32,
+) {
+    let (page, head) = (at.page as usize, at.head);
+    let scores = scratch.scores[at.offset..].as_mut_ptr();
+    let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride };
+    // SAFETY: the caller's; offsets as `Layer` says.
+    unsafe {
+        if at.page < layer.pages {
+            let first = (page * layer.kv_heads + head) * layer.block * layer.dim;
+            let keys = layer.keys.cast_const();
+            match layer.float {
+                Float::F32 => scores::full::<A, AsF32>(tile, keys.cast::<f32>().add(first), at.tokens, layer.dim),
+                Float::F16 => scores::full::<A, AsF16>(tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
+                Float::Bf16 if dots => {
+                    let keys = keys.cast::<u16>().add(first);
+                    scores::bf16_dots::<A>(tile, scratch.brief.as_ptr(), keys, at.tokens, layer.dim);
+                }
+                Float::Bf16 => scores::full::<A, AsBf16>(tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
+            }
+        } else if let Some(Cold { keys, bits, .. }) = layer.cold {
+            let record = keys.add(((page - layer.pages as usize) * layer.kv_heads + head) * layer.key_bytes(bits));
+            let fields = record.add(layer.key_codes(bits));
+            let (scale, minimum) = scratch.scales.split_at_mut(layer.dim);
+            halves(fields, &mut scale[..layer.dim]);
+            halves(fields.add(2 * layer.dim), &mut minimum[..layer.dim]);
+            for r in 0..count {
+                let query = &scratch.queries[r * width..][..layer.dim];
+                let folded = &mut scratch.folded[r * width..][..layer.dim];
+                let mut bias = [0.0; 16];
+                for (index, ((to, q), (s, m))) in
+                    folded.iter_mut().zip(query).zip(scale.iter().zip(minimum.iter())).enumerate()
+                {
+                    *to = q * s;
+                    bias[index % 16] += q * m;
+                }
+                scratch.bias[r] = bias.iter().sum();
+            }
+            let tile = Tile { queries: scratch.folded.as_ptr(), ..tile };
+            scores::quantized::<A>(tile, record, layer.block, layer.dim, scratch.bias.as_ptr(), bits == Bits::Four);
+        }
+    }
+    #[allow(clippy::float_cmp)] // one is no approximation: there is nothing to do
+    if after != 1.0 {
+        for r in 0..count {
+            for score in &mut scratch.scores[r * at.stride + at.offset..][..at.tokens] {
+                *score *= after;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As many float16 as there is room can be read.
+#[inline(always)]
+unsafe fn halves(from: *const u8, to: &mut [f32]) {
+    for (index, number) in to.iter_mut().enumerate() {
+        // SAFETY: the caller's.
+        *number = f16_to_f32(unsafe { from.cast::<u16>().add(index).read_unaligned() });
+    }
+}
+
+/// Turn a chunk's scores into weights, relative to the largest score so far (the online softmax of Milakov and
+/// Gimelshein), and what was summed before to the same measure.
+#[inline(always)]
+fn soften<A: Arith>(
+    scratch: &mut Scratch,
+    scoring: &Scoring<'_>,
+    queries: usize,
+    group: usize,
+    first: usize,
+    tokens: usize,
+    stride: usize,
+) {
+    let padded = tokens.next_multiple_of(A::LANES);
+    for query in 0..queries {
+        let (low, high) = scratch.limits[query];
+        let low = (low as usize).saturating_sub(first).min(tokens);
+        let high = (high as usize).saturating_sub(first).min(tokens);
+        for r in query * group..(query + 1) * group {
+            let scores = &mut scratch.scores[r * stride..][..padded];
+            if let Some(cap) = scoring.soft_cap {
+                for score in &mut scores[..tokens] {
+                    *score = soft_cap::<A>(*score, cap);
+                }
+            }
+            scores[..low.min(high)].fill(f32::NEG_INFINITY);
+            scores[high..].fill(f32::NEG_INFINITY);
+            let before = scratch.largest[r];
+            let largest = largest::<A>(scores).max(before);
+            if largest == f32::NEG_INFINITY {
+                scores.fill(0.0); // nothing seen yet, and infinity less infinity is no number
+                continue;
+            }
+            for score in scores.iter_mut() {
+                *score = exp::<A>(*score - largest);
+            }
+            let kept = exp::<A>(before - largest);
+            scratch.total[r] = A::mul_add(scratch.total[r], kept, total::<A>(scores));
+            if before < largest {
+                scratch.largest[r] = largest;
+                for sum in &mut scratch.sums[r * scratch.width..][..scratch.width] {
+                    *sum *= kept;
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn largest<A: Arith>(scores: &[f32]) -> f32 {
+    let mut lanes = A::splat(f32::NEG_INFINITY);
+    for part in scores.chunks_exact(A::LANES) {
+        // SAFETY: a whole vector.
+        lanes = A::max(lanes, unsafe { A::load_f32(part.as_ptr()) });
+    }
+    let mut out = [f32::NEG_INFINITY; 16];
+    // SAFETY: no vector has more lanes.
+    unsafe { A::store(out.as_mut_ptr(), lanes) };
+    out.into_iter().fold(f32::NEG_INFINITY, f32::max)
+}
+
+#[inline(always)]
+fn total<A: Arith>(weights: &[f32]) -> f32 {
+    let mut lanes = A::splat(0.0);
+    for part in weights.chunks_exact(A::LANES) {
+        // SAFETY: a whole vector.
+        lanes = A::add(lanes, unsafe { A::load_f32(part.as_ptr()) });
+    }
+    A::sum(lanes)
+}
+
+/// Add one page's values, weighted.
+#[inline(always)]
+unsafe fn take<A: Arith>(layer: &Layer, scratch: &mut Scratch, at: Place, count: usize) {
+    let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
+    let weights = scratch.scores[at.offset..].as_ptr();
+    let width = scratch.width;
+    let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width };
+    // SAFETY: the caller's; offsets as `Layer` says.
+    unsafe {
+        if at.page < layer.pages {
+            let first = (page * layer.kv_heads + head) * layer.block * dim;
+            let values = layer.values.cast_const();
+            match layer.float {
+                Float::F32 => mix::full::<A, AsF32>(mix, values.cast::<f32>().add(first), at.tokens, dim),
+                Float::F16 => mix::full::<A, AsF16>(mix, values.cast::<u16>().add(first), at.tokens, dim),
+                Float::Bf16 => mix::full::<A, AsBf16>(mix, values.cast::<u16>().add(first), at.tokens, dim),
+            }
+            return;
+        }
+        let Some(Cold { values, bits, .. }) = layer.cold else { return };
+        let record = values.add(((page - layer.pages as usize) * layer.kv_heads + head) * layer.value_bytes(bits));
+        let fields = record.add(layer.value_codes(bits));
+        let (scale, minimum) = scratch.scales.split_at_mut(layer.block);
+        halves(fields, &mut scale[..layer.block]);
+        halves(fields.add(2 * layer.block), &mut minimum[..layer.block]);
+        for r in 0..count {
+            let from = &scratch.scores[r * at.stride + at.offset..][..at.tokens];
+            let to = &mut scratch.weights[r * layer.block..][..at.tokens];
+            let mut bias = [0.0; 16];
+            for (index, ((to, weight), (s, m))) in
+                to.iter_mut().zip(from).zip(scale.iter().zip(minimum.iter())).enumerate()
+            {
+                *to = weight * s;
+                bias[index % 16] += weight * m;
+            }
+            scratch.bias[r] = bias.iter().sum();
+        }
+        let page = &mut scratch.page[..count * width];
+        page.fill(0.0);
+        let mix = Mix { weights: scratch.weights.as_ptr(), stride: layer.block, sums: page.as_mut_ptr(), ..mix };
+        match bits {
+            Bits::Eight => mix::full::<A, AsU8>(mix, record, at.tokens, dim),
+            Bits::Four => mix::fours::<A>(mix, record, at.tokens, dim),
+        }
+        let exponents = std::slice::from_raw_parts(fields.add(4 * layer.block).cast::<i8>(), dim);
+        for r in 0..count {
+            let bias = scratch.bias[r];
+            let (sums, page) = (&mut scratch.sums[r * width..][..dim], &page[r * width..][..dim]);
+            for ((sum, part), exponent) in sums.iter_mut().zip(page).zip(exponents) {
+                let factor = f32::from_bits(((i32::from(*exponent) + 127) as u32) << 23);
+                *sum = A::mul_add(part + bias, factor, *sum);
+            }
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! Where one layer's pages lie, and what a query and its answer look like.
+
+use crate::kernel::half::Float;
+
+/// Bits of a code in a quantized page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bits {
+    /// A byte a code.
+    Eight,
+    /// Two codes a byte.
+    Four,
+}
+
+/// Quantized pages: `[pages][kv_heads][record]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Cold {
+    /// Records of keys.
+    pub keys: *const u8,
+    /// Records of values.
+    pub values: *const u8,
+    /// How many pages.
+    pub pages: u32,
+    /// Bits of a code.
+    pub bits: Bits,
+}
+
+/// One layer's pages: full ones, `[pages][kv_heads][block][dim]`, have the first ids, quantized ones the next.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer {
+    /// Keys of full pages.
+    pub keys: *mut u8,
+    /// Values of full pages.
+    pub values: *mut u8,
+    /// Full pages.
+    pub pages: u32,
+    /// Their numbers.
+    pub float: Float,
+    /// Heads of K and V.
+    pub kv_heads: usize,
+    /// Tokens a page.
+    pub block: usize,
+    /// Width of a key.
+    pub dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Quantized pages.
+    pub cold: Option<Cold>,
+}
+
+// SAFETY: addresses; whoever reads or writes through them says why that is sound.
+unsafe impl Send for Layer {}
+// SAFETY: likewise.
+unsafe impl Sync for Layer {}
+
+fn padded(bytes: usize) -> usize {
+    bytes.next_multiple_of(16)
+}
+
+impl Layer {
+    /// Bytes of a head's codes of keys in a quantized page.
+    pub(super) fn key_codes(&self, bits: Bits) -> usize {
+        self.dim * if bits == Bits::Four { self.block / 2 } else { self.block }
+    }
+
+    /// Bytes of a head's codes of values in a quantized page.
+    pub(super) fn value_codes(&self, bits: Bits) -> usize {
+        self.block * if bits == Bits::Four { self.value_dim.div_ceil(2) } else { self.value_dim }
+    }
+
+    /// Bytes of a head's keys in a quantized page: codes, then a scale and a minimum a channel.
+    pub fn key_bytes(&self, bits: Bits) -> usize {
+        padded(self.key_codes(bits) + 4 * self.dim)
+    }
+
+    /// Bytes of a head's values: codes, then a scale and a minimum a token, then an exponent a channel.
+    pub fn value_bytes(&self, bits: Bits) -> usize {
+        padded(self.value_codes(bits) + 4 * self.block + self.value_dim)
+    }
+
+    /// True when a page of that id is here.
+    pub fn has(&self, page: u32) -> bool {
+        page < self.pages + self.cold.map_or(0, |cold| cold.pages)
+    }
+}
+
+/// The queries of a step, `[rows][heads][tokens][dim]`, by strides in numbers; a query's own numbers are neighbours.
+#[derive(Clone, Copy, Debug)]
+pub struct Query {
+    /// The first number.
+    pub data: *const u8,
+    /// Numbers of what.
+    pub float: Float,
+    /// From row to row, head to head, token to token.
+    pub strides: [usize; 3],
+    /// Query heads, a multiple of the layer's.
+    pub heads: usize,
+}
+
+/// The answers, `[rows][tokens][heads][value_dim]`, in the queries' format, by strides in numbers.
+#[derive(Clone, Copy, Debug)]
+pub struct Answer {
+    /// The first number.
+    pub data: *mut u8,
+    /// From row to row, head to head, token to token.
+    pub strides: [usize; 3],
+}
+
+// SAFETY: as `Layer`.
+unsafe impl Sync for Query {}
+// SAFETY: likewise.
+unsafe impl Sync for Answer {}
+
+/// How scores are taken.
+#[derive(Clone, Copy, Debug)]
+pub struct Scoring<'a> {
+    /// What products are multiplied by.
+    pub scale: f32,
+    /// A token sees itself and the `window - 1` before it.
+    pub window: Option<u32>,
+    /// `cap * tanh(score / cap)` instead of a score (Gemma-2).
+    pub soft_cap: Option<f32>,
+    /// A score a query head that takes weight and gives nothing (GPT-OSS's attention sinks).
+    pub sinks: Option<&'a [f32]>,
+}
