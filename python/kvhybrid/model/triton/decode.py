@@ -86,7 +86,7 @@ def launches(
     sinks: torch.Tensor | None,
     processors: int | None = None,
 ) -> list[Launch]:
-    """Return the launches that ``decode`` runs, in order. ``processors``: how many to fill, if not its own."""
+    """Return the launches that ``decode`` runs, in order. ``processors``: as many to fill, not its own."""
     num_pages, kv_heads, block, head_dim = pages.keys.shape
     value_dim = pages.values.shape[3]
     group = query.shape[1] // kv_heads
