@@ -12,4 +12,5 @@ pub mod attend;
 pub mod half;
 pub mod isa;
 mod lanes;
+pub mod quant;
 pub mod team;

@@ -1,0 +1,167 @@
+"""What a change to cached K and V costs a model: perplexity behind a prefix that was changed.
+
+A text is cut into windows that share nothing. Of each, the prefix is computed once in full precision; every
+change gets a copy of what the layers kept of it, and the rest of the window is scored behind that. Knows
+transformers' own cache; refuses to know what a change is: a codec, a compression, somebody else's library.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from kvhybrid.cache.codec import Codec
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from transformers import PreTrainedModel
+
+    Pair = tuple[torch.Tensor, torch.Tensor]
+    Change = Callable[[torch.Tensor, torch.Tensor], Pair]
+
+
+class Quality(NamedTuple):
+    """How well a text was foretold behind a changed prefix."""
+
+    perplexity: float
+    change: float
+    """Against full precision, as a fraction: 0.01 is one percent worse."""
+    divergence: float
+    """Mean Kullback-Leibler divergence from full precision's next tokens, nats."""
+    refused_pages: int
+    """Pages that the change left in full precision."""
+
+
+class Counted(Protocol):
+    """A change that leaves pages as they are when it must, and counts them."""
+
+    refused_pages: int
+
+
+class Quantized:
+    """The change that a codec makes: every whole page of K and V to records and back.
+
+    What does not fill a page stays as it is, and so does a page that the codec refuses.
+    """
+
+    def __init__(self, bits: int, block_size: int = 64) -> None:
+        self.codec = Codec(bits)
+        self.block_size = block_size
+        self.refused_pages = 0
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor) -> Pair:
+        """Return K and V ``[rows, num_kv_heads, tokens, width]`` as they come back."""
+        codec = self.codec
+        return (
+            self._through(key, codec.key_bytes, codec.quantize_keys, codec.dequantize_keys),
+            self._through(value, codec.value_bytes, codec.quantize_values, codec.dequantize_values),
+        )
+
+    def _through(
+        self,
+        tensor: torch.Tensor,
+        size: Callable[[int, int], int],
+        quantize: Callable[[torch.Tensor, None, torch.Tensor, None], torch.Tensor],
+        dequantize: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None],
+    ) -> torch.Tensor:
+        rows, heads, tokens, width = tensor.shape
+        count, block = tokens // self.block_size, self.block_size
+        whole = tensor[:, :, : count * block].unflatten(2, (count, block)).transpose(1, 2)
+        pages = whole.flatten(0, 1).contiguous()
+        records = torch.empty(rows * count, heads, size(width, block), dtype=torch.uint8, device=tensor.device)
+        accepted = quantize(pages, None, records, None).nonzero().flatten()
+        dequantize(records, accepted, pages, accepted)
+        self.refused_pages += len(pages) - len(accepted)
+        back = pages.unflatten(0, (rows, count)).transpose(1, 2).flatten(2, 3)
+        return torch.cat((back, tensor[:, :, count * block :]), 2)
+
+
+@torch.inference_mode()
+def measure_quality(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    changes: Mapping[str, Change],
+    *,
+    prefix: int = 768,
+    scored: int = 256,
+    windows: int | None = None,
+    batch_size: int = 4,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, Quality]:
+    """Return what each change costs, by its name; without one, ``"full precision"``.
+
+    ``ids``: int64 ``[tokens]``, of which windows of ``prefix + scored + 1`` are cut, at most ``windows`` of
+    them; ``tick`` is called after each batch of ``batch_size``. Every token of a window behind its prefix and
+    one more is scored.
+
+    Raises ``InvalidRequestError`` when the text has not one window, ``UnsupportedError`` for a model that keeps
+    no K and V in transformers' cache.
+    """
+    length = prefix + scored + 1
+    whole = len(ids) // length
+    if whole == 0:
+        raise InvalidRequestError(f"the text has {len(ids)} tokens, and a window takes {length}")
+    rows = ids[: whole * length].view(whole, length)[:windows]
+    nats = dict.fromkeys(("full precision", *changes), 0.0)
+    divergence = dict.fromkeys(changes, 0.0)
+    for batch in rows.split(batch_size):
+        kept = _prefilled(model, batch[:, :prefix])
+        targets = batch[:, prefix + 1 :].to(kept.device)
+        truth = None
+        for name, change in ("full precision", None), *changes.items():
+            cache = _changed(kept.cache, change)
+            logits = model(input_ids=batch[:, prefix:-1].to(kept.device), past_key_values=cache).logits
+            guesses = torch.log_softmax(logits.float(), -1)
+            nats[name] -= float(guesses.gather(-1, targets[..., None]).double().sum())
+            if truth is None:
+                truth = guesses
+            else:
+                further = torch.nn.functional.kl_div(guesses, truth, reduction="sum", log_target=True)
+                divergence[name] += float(further)
+        tick()
+    count = len(rows) * scored
+    reference = nats["full precision"] / count
+    found = {"full precision": Quality(math.exp(reference), 0.0, 0.0, 0)}
+    for name, change in changes.items():
+        worse = math.expm1(nats[name] / count - reference)
+        refused = getattr(change, "refused_pages", 0)
+        found[name] = Quality(math.exp(nats[name] / count), worse, divergence[name] / count, refused)
+    return found
+
+
+class _Kept(NamedTuple):
+    """What the layers keep of a batch's prefix."""
+
+    cache: DynamicCache
+    device: torch.device
+
+
+def _prefilled(model: PreTrainedModel, ids: torch.Tensor) -> _Kept:
+    device = model.device
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids.to(device), past_key_values=cache)
+    if not any(True for _ in _pairs(cache)):
+        raise UnsupportedError(f"{type(model).__name__} keeps no K and V in transformers' cache")
+    return _Kept(cache, device)
+
+
+def _pairs(cache: DynamicCache) -> Iterator[object]:
+    """Yield the layers that keep K and V."""
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4:
+            yield layer
+
+
+def _changed(cache: DynamicCache, change: Change | None) -> DynamicCache:
+    """Return a copy of what the layers keep, each layer's K and V changed."""
+    copied = copy.deepcopy(cache)
+    if change is not None:
+        for layer in _pairs(copied):
+            layer.keys, layer.values = change(layer.keys, layer.values)  # type: ignore[attr-defined]
+    return copied
