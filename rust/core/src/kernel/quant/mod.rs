@@ -3,6 +3,10 @@
 //! Plain loops, compiled for each instruction set. Everything is computed in float32: a page of NaN, of an
 //! infinity, or of more than float16 scales is refused and stays what it was.
 
+#![allow(clippy::cast_precision_loss)] // codes and exponents are small
+#![allow(clippy::many_single_char_names)] // eight rows of one matrix are a to h
+#![allow(clippy::verbose_bit_mask)] // a sign is masked out
+
 mod format;
 mod keys;
 mod number;
