@@ -8,7 +8,7 @@ torch CPU tensor), never as lists, and stay on this side between turns.
 """
 
 from collections.abc import Iterable
-from typing import Any, Final, Protocol, TypeAlias, final
+from typing import Any, Final, Literal, Protocol, TypeAlias, final
 
 import numpy.typing as npt
 from typing_extensions import Buffer
@@ -18,6 +18,7 @@ __all__ = [
     "CapacityError",
     "ClosedError",
     "KVHybridError",
+    "PageCodec",
     "PagePool",
     "Plan",
     "Replay",
@@ -154,6 +155,43 @@ class Plan:
     def abandon(self) -> None:
         """Undo the plan: tokens appended by it are taken back, reserved pages return, and, unless
         it was filled, victims stand where they stood."""
+
+@final
+class PageCodec:
+    """Whole pages of keys, or of values, to records of 8 or 4 bits and back, on a CPU, by address.
+
+    ``shape``: heads, tokens a page (a power of two, at least 16), channels of a token. ``pages``: address,
+    how many there are, 0, 1 or 2 for float32, float16 or bfloat16, and strides in bytes from page to page,
+    head to head and token to token; a token's channels are neighbours. ``records``: address and how many,
+    ``[records, heads, record_bytes]``. Ids: int32, as many of the one as of the other. The interpreter is
+    released; what lies at the addresses must stay alive and be nobody else's meanwhile, and nobody can check
+    that here.
+
+    Raises ``IndexError`` for ids outside, ``ValueError`` for what does not fit or would be written twice, and
+    nothing was written.
+    """
+
+    def __new__(cls, part: Literal["keys", "values"], bits: int) -> PageCodec: ...
+    def record_bytes(self, block_size: int, width: int) -> int:
+        """Return the bytes of one page's record of one head."""
+    def quantize(
+        self,
+        shape: tuple[int, int, int],
+        pages: tuple[int, int, int, tuple[int, int, int]],
+        page_ids: _Buffer,
+        records: tuple[int, int],
+        record_ids: _Buffer,
+    ) -> list[int]:
+        """Write the records of pages; return which of them, counted from 0, could not be quantized."""
+    def dequantize(
+        self,
+        shape: tuple[int, int, int],
+        records: tuple[int, int],
+        record_ids: _Buffer,
+        pages: tuple[int, int, int, tuple[int, int, int]],
+        page_ids: _Buffer,
+    ) -> None:
+        """Write the numbers of records to pages."""
 
 @final
 class PagePool:

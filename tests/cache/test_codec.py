@@ -209,18 +209,28 @@ def test_pages_go_where_their_ids_say_and_touch_nothing_else(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bits", [8, 4])
-def test_what_torch_makes_of_a_page_is_read_the_same(kind, bits):
-    """Both ways round: a device's records may move to the host, and back."""
-    codec, block, width = Codec(bits), 32, 19
-    pages = random_pages(4, 3, block, width)
-    pages[:, :, :, 3] *= 50
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("block", "width"), [(32, 19), (16, 1), (64, 40)])
+def test_what_torch_makes_of_a_page_is_what_the_core_makes(kind, bits, dtype, block, width):
+    """A device's records may move to the host, and back: same bytes, but for what rounds the other way."""
+    codec = Codec(bits)
+    pages = random_pages(4, 3, block, width, dtype=dtype)
+    pages[..., width // 2] *= 50
+    pages[2, 1, 3, 0] = math.nan
     records, accepted = encoded(codec, kind, pages)
-    made, usable = getattr(codec_torch, f"quantize_{kind}")(pages, bits)
-    assert torch.equal(accepted, usable)
-    read = getattr(codec_torch, f"dequantize_{kind}")(records, bits, block, width)
-    torch.testing.assert_close(read, decoded(codec, kind, records, block, width), rtol=1e-6, atol=1e-6)
-    records[..., : made.shape[-1]] = made
-    torch.testing.assert_close(decoded(codec, kind, records, block, width), read, rtol=1e-5, atol=1e-5)
+    made = torch.full_like(records, 0xEE)
+    ids = torch.arange(4)
+    assert torch.equal(accepted, codec_torch.quantize(kind, bits, pages, ids, made, ids))
+    assert accepted.tolist() == [True, True, False, True]
+    different = (made != records)[accepted].float().mean()
+    assert different < 0.01
+    assert_within_half_a_step(codec, kind, pages[accepted], made[accepted])
+    for out_dtype in (torch.float32, dtype):
+        read = torch.empty_like(pages[accepted], dtype=out_dtype)
+        codec_torch.dequantize(kind, bits, records, ids[accepted], read, torch.arange(3))
+        numbers = decoded(codec, kind, records[accepted], block, width, out_dtype)
+        places = torch.finfo(out_dtype).eps * 2
+        torch.testing.assert_close(read, numbers, rtol=places, atol=1e-5)
 
 
 def test_nothing_to_do_is_done():
@@ -260,5 +270,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written():
     assert (records == 7).all()
     with pytest.raises(LayoutError, match="twice"):
         codec.dequantize_keys(records, first, pages, torch.tensor([1, 1]))
+    with pytest.raises(LayoutError, match="share a place"):
+        codec.dequantize_keys(records, None, torch.zeros(1, 2, 16, 8).expand(4, 2, 16, 8))
     with pytest.raises(LayoutError, match="not 5"):
         Codec(5)

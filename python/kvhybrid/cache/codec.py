@@ -13,17 +13,28 @@ from typing import TYPE_CHECKING, Final
 
 import torch
 
+from kvhybrid._core import PageCodec
 from kvhybrid.cache import codec_torch
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from typing import Literal
 
-ALIGNMENT: Final = 16
-"""A record's bytes are a multiple of this."""
+    import numpy as np
+    import numpy.typing as npt
+
+    Part = Literal["keys", "values"]
+
 LEAST_BLOCK: Final = 16
 """Fewer tokens would have more scales than codes."""
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""What full pages may be, as the core numbers them."""
+NATIVE: Final[dict[tuple[Part, int], PageCodec]] = {
+    ("keys", 4): PageCodec("keys", 4),
+    ("keys", 8): PageCodec("keys", 8),
+    ("values", 4): PageCodec("values", 4),
+    ("values", 8): PageCodec("values", 8),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +56,11 @@ class Codec:
 
     def key_bytes(self, head_dim: int, block_size: int) -> int:
         """Return the bytes of one page's keys of one head, scales and padding included."""
-        _check_sizes(head_dim, block_size)
-        return _padded(head_dim * block_size * self.bits // 8 + 4 * head_dim)
+        return _record_bytes("keys", self.bits, head_dim, block_size)
 
     def value_bytes(self, value_head_dim: int, block_size: int) -> int:
         """Return the bytes of one page's values of one head, scales, exponents and padding included."""
-        _check_sizes(value_head_dim, block_size)
-        codes = block_size * -(-value_head_dim * self.bits // 8)
-        return _padded(codes + 4 * block_size + value_head_dim)
+        return _record_bytes("values", self.bits, value_head_dim, block_size)
 
     def quantize_keys(
         self,
@@ -66,7 +74,7 @@ class Codec:
         False: the page holds NaN, infinity or more than float16 can scale. It stays what it was, and its
         record means nothing. No record may be named twice.
         """
-        return self._quantize(codec_torch.quantize_keys, self.key_bytes, pages, ids, records, record_ids)
+        return _quantize("keys", self.bits, pages, ids, records, record_ids)
 
     def quantize_values(
         self,
@@ -76,7 +84,7 @@ class Codec:
         record_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Write the values ``pages[ids]`` to ``records[record_ids]``, as ``quantize_keys`` does keys."""
-        return self._quantize(codec_torch.quantize_values, self.value_bytes, pages, ids, records, record_ids)
+        return _quantize("values", self.bits, pages, ids, records, record_ids)
 
     def dequantize_keys(
         self,
@@ -90,7 +98,7 @@ class Codec:
         ``out`` is shaped like full pages. What float16 cannot hold becomes its largest number. No page of
         ``out`` may be named twice.
         """
-        self._dequantize(codec_torch.dequantize_keys, self.key_bytes, records, record_ids, out, out_ids)
+        _dequantize("keys", self.bits, records, record_ids, out, out_ids)
 
     def dequantize_values(
         self,
@@ -100,51 +108,73 @@ class Codec:
         out_ids: torch.Tensor | None = None,
     ) -> None:
         """Write the values of ``records[record_ids]`` to ``out[out_ids]``, as ``dequantize_keys`` does."""
-        self._dequantize(codec_torch.dequantize_values, self.value_bytes, records, record_ids, out, out_ids)
-
-    def _quantize(
-        self,
-        convert: Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]],
-        size: Callable[[int, int], int],
-        pages: torch.Tensor,
-        ids: torch.Tensor | None,
-        records: torch.Tensor,
-        record_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        _check_tensors(pages, records, size)
-        ids, record_ids = _check_ids(pages, ids, records, record_ids)
-        _check_distinct(record_ids)
-        if not len(ids):
-            return torch.ones(0, dtype=torch.bool)
-        packed, accepted = convert(_taken(pages, ids), self.bits)
-        records[..., packed.shape[-1] :].index_fill_(0, record_ids.to(records.device), 0)
-        records[..., : packed.shape[-1]].index_copy_(0, record_ids.to(records.device), packed)
-        return accepted.cpu()
-
-    def _dequantize(
-        self,
-        convert: Callable[[torch.Tensor, int, int, int], torch.Tensor],
-        size: Callable[[int, int], int],
-        records: torch.Tensor,
-        record_ids: torch.Tensor | None,
-        out: torch.Tensor,
-        out_ids: torch.Tensor | None,
-    ) -> None:
-        _check_tensors(out, records, size)
-        record_ids, out_ids = _check_ids(records, record_ids, out, out_ids)
-        _check_distinct(out_ids)
-        if not len(out_ids):
-            return
-        block, width = out.shape[2:]
-        full = convert(_taken(records, record_ids), self.bits, block, width)
-        if out.dtype == torch.float16:
-            limit = torch.finfo(torch.float16).max
-            full = full.clamp(-limit, limit)
-        out.index_copy_(0, out_ids.to(out.device), full.to(out.dtype))
+        _dequantize("values", self.bits, records, record_ids, out, out_ids)
 
 
-def _padded(size: int) -> int:
-    return -(-size // ALIGNMENT) * ALIGNMENT
+def _quantize(
+    part: Part,
+    bits: int,
+    pages: torch.Tensor,
+    ids: torch.Tensor | None,
+    records: torch.Tensor,
+    record_ids: torch.Tensor | None,
+) -> torch.Tensor:
+    _check_tensors(part, bits, pages, records)
+    ids, record_ids = _check_ids(pages, ids, records, record_ids)
+    _check_distinct(record_ids)
+    if not len(ids):
+        return torch.ones(0, dtype=torch.bool)
+    if pages.device.type != "cpu":
+        return codec_torch.quantize(part, bits, pages, ids, records, record_ids)
+    refused = NATIVE[part, bits].quantize(
+        _shape(pages), _place(pages), _numbers(ids), (records.data_ptr(), len(records)), _numbers(record_ids)
+    )
+    accepted = torch.ones(len(ids), dtype=torch.bool)
+    accepted[refused] = False
+    return accepted
+
+
+def _dequantize(
+    part: Part,
+    bits: int,
+    records: torch.Tensor,
+    record_ids: torch.Tensor | None,
+    out: torch.Tensor,
+    out_ids: torch.Tensor | None,
+) -> None:
+    _check_tensors(part, bits, out, records)
+    record_ids, out_ids = _check_ids(records, record_ids, out, out_ids)
+    _check_distinct(out_ids)
+    if 0 in (stride for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1):
+        raise LayoutError("numbers cannot be written where several of them share a place")
+    if not len(out_ids):
+        return
+    if out.device.type != "cpu":
+        codec_torch.dequantize(part, bits, records, record_ids, out, out_ids)
+        return
+    NATIVE[part, bits].dequantize(
+        _shape(out), (records.data_ptr(), len(records)), _numbers(record_ids), _place(out), _numbers(out_ids)
+    )
+
+
+def _shape(pages: torch.Tensor) -> tuple[int, int, int]:
+    _, heads, block, width = pages.shape
+    return heads, block, width
+
+
+def _place(pages: torch.Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
+    by_page, by_head, by_token, _ = (stride * pages.itemsize for stride in pages.stride())
+    return pages.data_ptr(), len(pages), DTYPES[pages.dtype], (by_page, by_head, by_token)
+
+
+def _numbers(ids: torch.Tensor) -> npt.NDArray[np.int32]:
+    found: npt.NDArray[np.int32] = ids.to(torch.int32).numpy()
+    return found
+
+
+def _record_bytes(part: Part, bits: int, width: int, block_size: int) -> int:
+    _check_sizes(width, block_size)
+    return NATIVE[part, bits].record_bytes(block_size, width)
 
 
 def _check_sizes(width: int, block_size: int) -> None:
@@ -156,7 +186,7 @@ def _check_sizes(width: int, block_size: int) -> None:
         )
 
 
-def _check_tensors(pages: torch.Tensor, records: torch.Tensor, size: Callable[[int, int], int]) -> None:
+def _check_tensors(part: Part, bits: int, pages: torch.Tensor, records: torch.Tensor) -> None:
     if pages.dim() != 4 or records.dim() != 3:
         raise LayoutError(f"pages and records have 4 and 3 dimensions, not {pages.dim()} and {records.dim()}")
     if pages.dtype not in DTYPES or records.dtype != torch.uint8:
@@ -164,7 +194,7 @@ def _check_tensors(pages: torch.Tensor, records: torch.Tensor, size: Callable[[i
     if pages.device != records.device:
         raise LayoutError(f"pages lie on {pages.device} and records on {records.device}")
     _, heads, block, width = pages.shape
-    wanted = size(width, block)
+    wanted = _record_bytes(part, bits, width, block)
     if records.shape[1:] != (heads, wanted):
         raise LayoutError(
             f"pages of {heads} heads of {width} in blocks of {block} have records [{heads}, {wanted}], "
@@ -205,7 +235,3 @@ def _check_ids(
 def _check_distinct(ids: torch.Tensor) -> None:
     if len(ids) > 1 and len(ids.unique()) != len(ids):
         raise LayoutError("a page cannot be written twice in one call")
-
-
-def _taken(tensor: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    return tensor.index_select(0, ids.to(tensor.device))

@@ -1,7 +1,7 @@
 """The records of quantized pages made and read with torch alone, on any device.
 
-Knows what a record's bytes mean; the native core makes and reads the same ones on a CPU. Refuses to know
-page ids. Everything is computed in float32, scales included, and only stored in float16.
+Knows what a record's bytes mean; the native core makes and reads the same ones on a CPU. Checks nothing: that
+is ``codec``'s. Everything is computed in float32, scales included, and only stored in float16.
 """
 
 from __future__ import annotations
@@ -14,6 +14,39 @@ OUTLIER_RATIO: Final = 4.0
 """A channel of the values this far above the median channel is scaled down before tokens get their scales."""
 MOST_EXPONENT: Final = 60
 """Far beyond any model, and small enough that nothing a record can say overflows float32."""
+
+
+def quantize(
+    part: str,
+    bits: int,
+    pages: torch.Tensor,
+    ids: torch.Tensor,
+    records: torch.Tensor,
+    record_ids: torch.Tensor,
+) -> torch.Tensor:
+    """Write ``pages[ids]`` to ``records[record_ids]``; return which could be quantized, on the CPU."""
+    convert = quantize_keys if part == "keys" else quantize_values
+    packed, accepted = convert(pages.index_select(0, ids.to(pages.device)), bits)
+    packed = torch.nn.functional.pad(packed, (0, records.shape[-1] - packed.shape[-1]))
+    records.index_copy_(0, record_ids.to(records.device), packed)
+    return accepted.cpu()
+
+
+def dequantize(
+    part: str,
+    bits: int,
+    records: torch.Tensor,
+    record_ids: torch.Tensor,
+    out: torch.Tensor,
+    out_ids: torch.Tensor,
+) -> None:
+    """Write the numbers of ``records[record_ids]`` to ``out[out_ids]``."""
+    convert = dequantize_keys if part == "keys" else dequantize_values
+    full = convert(records.index_select(0, record_ids.to(records.device)), bits, *out.shape[2:])
+    if out.dtype == torch.float16:
+        limit = torch.finfo(torch.float16).max
+        full = full.clamp(-limit, limit)
+    out.index_copy_(0, out_ids.to(out.device), full.to(out.dtype))
 
 
 def quantize_keys(pages: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

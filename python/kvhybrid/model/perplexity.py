@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -36,12 +36,6 @@ class Quality(NamedTuple):
     """Mean Kullback-Leibler divergence from full precision's next tokens, nats."""
     refused_pages: int
     """Pages that the change left in full precision."""
-
-
-class Counted(Protocol):
-    """A change that leaves pages as they are when it must, and counts them."""
-
-    refused_pages: int
 
 
 class Quantized:
@@ -74,7 +68,9 @@ class Quantized:
         count, block = tokens // self.block_size, self.block_size
         whole = tensor[:, :, : count * block].unflatten(2, (count, block)).transpose(1, 2)
         pages = whole.flatten(0, 1).contiguous()
-        records = torch.empty(rows * count, heads, size(width, block), dtype=torch.uint8, device=tensor.device)
+        records = torch.empty(
+            rows * count, heads, size(width, block), dtype=torch.uint8, device=tensor.device
+        )
         accepted = quantize(pages, None, records, None).nonzero().flatten()
         dequantize(records, accepted, pages, accepted)
         self.refused_pages += len(pages) - len(accepted)
@@ -100,8 +96,8 @@ def measure_quality(
     them; ``tick`` is called after each batch of ``batch_size``. Every token of a window behind its prefix and
     one more is scored.
 
-    Raises ``InvalidRequestError`` when the text has not one window, ``UnsupportedError`` for a model that keeps
-    no K and V in transformers' cache.
+    Raises ``InvalidRequestError`` when the text has not one window, ``UnsupportedError`` for a model that
+    keeps no K and V in transformers' cache.
     """
     length = prefix + scored + 1
     whole = len(ids) // length
@@ -151,10 +147,11 @@ def _prefilled(model: PreTrainedModel, ids: torch.Tensor) -> _Kept:
     return _Kept(cache, device)
 
 
-def _pairs(cache: DynamicCache) -> Iterator[object]:
+def _pairs(cache: DynamicCache) -> Iterator[Any]:
     """Yield the layers that keep K and V."""
     for layer in cache.layers:
-        if getattr(layer, "keys", None) is not None and layer.keys.dim() == 4:
+        keys = getattr(layer, "keys", None)
+        if keys is not None and keys.dim() == 4:
             yield layer
 
 
@@ -163,5 +160,5 @@ def _changed(cache: DynamicCache, change: Change | None) -> DynamicCache:
     copied = copy.deepcopy(cache)
     if change is not None:
         for layer in _pairs(copied):
-            layer.keys, layer.values = change(layer.keys, layer.values)  # type: ignore[attr-defined]
+            layer.keys, layer.values = change(layer.keys, layer.values)
     return copied

@@ -6,6 +6,7 @@
 
 mod batch;
 mod buffers;
+mod codec;
 mod errors;
 mod plan;
 mod pool;
@@ -21,6 +22,8 @@ mod _core {
 
     #[pymodule_export]
     use crate::batch::Batch;
+    #[pymodule_export]
+    use crate::codec::PageCodec;
     #[pymodule_export]
     use crate::errors::{CapacityError, ClosedError, KVHybridError};
     #[pymodule_export]
