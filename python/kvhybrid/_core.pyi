@@ -96,6 +96,9 @@ class Sequence:
 
         Blocks that a raised bound admits are sealed by the next commit.
         """
+    def freeze(self, length: int) -> None:
+        """Say that the first ``length`` tokens are final: pages of whole blocks of them may be quantized
+        though they are never sealed (``share=False``). Sealed ones always may."""
     def truncate(self, length: int) -> None:
         """Drop every token from position ``length`` on, pending ones included."""
     def close(self) -> None:
@@ -142,6 +145,12 @@ class Plan:
     @property
     def copies(self) -> list[tuple[int, int]]:
         """``(source, destination)`` pages to copy before anything is written (copy on write)."""
+    @property
+    def demotions(self) -> list[tuple[int, int]]:
+        """``(source, destination)`` pages to quantize once the plan is filled, before anything else is copied
+        or written. Sequences and the tree name the destination already, so whoever plans in a pool with
+        quantized pages holds a lock until they are written, and others read pages under that lock or in a
+        plan of their own."""
     def fill(self, tables: _Buffer, slots: _Buffer, lengths: _Buffer) -> None:
         """Write block tables, slots and lengths into the caller's int32 buffers.
 
@@ -152,9 +161,13 @@ class Plan:
         """
     def commit(self) -> None:
         """Make the step true: full blocks are sealed and found by whoever comes next."""
-    def abandon(self) -> None:
+    def abandon(self, *, undone: Iterable[int] | None = None, refused: bool = False) -> None:
         """Undo the plan: tokens appended by it are taken back, reserved pages return, and, unless
-        it was filled, victims stand where they stood."""
+        it was filled, victims stand where they stood and nothing is demoted.
+
+        ``undone``: destinations of demotions of a filled plan that could not be written; their pages are as
+        they were before. ``refused``: they are not chosen again.
+        """
 
 @final
 class PageCodec:
@@ -197,15 +210,24 @@ class PageCodec:
 class PagePool:
     """Pages of ``block_size`` tokens, the prefix tree over them, and who must leave first."""
 
-    def __new__(cls, num_pages: int, block_size: int, *, keep_tails: bool = True) -> PagePool:
-        """``keep_tails``: a closed sequence leaves its last, partly filled block behind, too, so that a
-        short prompt, or what follows the last full block, is found again; else full blocks only."""
+    def __new__(
+        cls, num_pages: int, block_size: int, *, num_quantized: int = 0, keep_tails: bool = True
+    ) -> PagePool:
+        """``num_pages`` pages of full precision, ids from 0 on, and ``num_quantized`` behind them, which
+        take whole blocks that are cold (``Plan.demotions``) when the others are short. ``keep_tails``: a
+        closed sequence leaves its last, partly filled block behind, too, so that a short prompt, or what
+        follows the last full block, is found again; else full blocks only."""
     @property
-    def num_pages(self) -> int: ...
+    def num_pages(self) -> int:
+        """Pages of both kinds."""
+    @property
+    def num_quantized(self) -> int: ...
     @property
     def block_size(self) -> int: ...
     @property
     def num_free(self) -> int: ...
+    @property
+    def num_free_quantized(self) -> int: ...
     @property
     def num_evictable(self) -> int: ...
     def match(self, tokens: _Tokens, namespace: int = 0) -> int:
@@ -220,15 +242,19 @@ class PagePool:
         that ends inside a block reuses that page by copy on write. ``reuse=False`` matches nothing;
         ``share=False`` never seals: the pages stay private.
         """
+    def demote(self, num_pages: int) -> Plan:
+        """Plan a step of no rows that takes up to ``num_pages`` pages of full precision from the coldest that
+        nobody holds. Fill it, write ``demotions``, and abandon it: the pages are free then."""
     def evict(self, num_pages: int) -> int:
         """Evict up to ``num_pages`` cold pages and return how many left."""
     def drop(self, namespace: int) -> int:
         """Evict every unpinned page of a namespace and return how many left."""
     def statistics(self) -> dict[str, int]:
-        """Return counters, flat and O(1): ``num_pages``, ``free_pages``, ``mutable_pages``,
-        ``sealed_pages``, ``shared_pages``, ``pinned_pages``, ``evictable_pages``, ``sequences``,
-        ``nodes``, ``opens``, ``queried_tokens``, ``cached_tokens``, ``evicted_pages``,
-        ``sealed_total``, ``duplicate_pages``, ``copied_pages``, ``plans``, ``abandoned_plans``."""
+        """Return counters, flat and O(1): ``num_pages``, ``num_quantized_pages``, ``free_pages``,
+        ``free_quantized_pages``, ``mutable_pages``, ``sealed_pages``, ``shared_pages``, ``pinned_pages``,
+        ``evictable_pages``, ``sequences``, ``nodes``, ``opens``, ``queried_tokens``, ``cached_tokens``,
+        ``evicted_pages``, ``sealed_total``, ``duplicate_pages``, ``copied_pages``, ``demoted_pages``,
+        ``refused_pages``, ``plans``, ``abandoned_plans``."""
     def bookkeeping_bytes(self) -> int:
         """Return the bytes that the bookkeeping owns, token ids not counted. Walks the tree: not for
         the request path."""

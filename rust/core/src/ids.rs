@@ -10,6 +10,28 @@ impl PageId {
     }
 }
 
+/// The two classes of pages: ids below `num_full` are of full precision, those behind are quantized.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Classes {
+    pub num_full: u32,
+    pub num_quantized: u32,
+}
+
+impl Classes {
+    pub(crate) fn total(self) -> u32 {
+        self.num_full + self.num_quantized
+    }
+
+    pub(crate) fn is_quantized(self, page: PageId) -> bool {
+        page.0 >= self.num_full
+    }
+
+    /// How many of these pages are quantized.
+    pub(crate) fn count(self, pages: &[PageId]) -> usize {
+        if self.num_quantized == 0 { 0 } else { pages.iter().filter(|page| self.is_quantized(**page)).count() }
+    }
+}
+
 /// A run of tokens in the tree. Ids are slots of a slab and are used again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct NodeId(pub u32);

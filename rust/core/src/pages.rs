@@ -1,35 +1,53 @@
 //! The life of pages: free, private to one or more sequences, or in the tree.
 //!
 //! A private page with one holder is mutable; with more it is shared and must be copied before a
-//! write. A page in the tree is sealed: full, immutable, and pinned by nodes rather than counted here.
+//! write. A page in the tree is sealed: immutable, and pinned by nodes rather than counted here.
+//!
+//! Pages are of two classes, told by their id: the first ones are of full precision and take what is
+//! computed, the others are quantized and hold a whole block that was sealed before. A page keeps its class.
 
-use crate::ids::PageId;
+use crate::ids::{Classes, PageId};
 
-/// Holders of a private page; 0 is free, `IN_TREE` belongs to a node.
+/// Holders of a private page; 0 is free, `IN_TREE` belongs to a node, `SET_ASIDE` to a plan alone.
 type Holders = u32;
 
 const FREE: Holders = 0;
 const IN_TREE: Holders = u32::MAX;
+const SET_ASIDE: Holders = u32::MAX - 1;
 
 pub(crate) struct Pages {
     holders: Vec<Holders>,
-    /// A stack. Runs are pushed backwards, so that they are taken in ascending order: attention
+    classes: Classes,
+    /// Stacks. Runs are pushed backwards, so that they are taken in ascending order: attention
     /// reads neighbouring pages as one view.
     free: Vec<PageId>,
+    free_quantized: Vec<PageId>,
     shared: usize,
 }
 
 impl Pages {
-    pub(crate) fn new(num_pages: u32) -> Self {
-        Self { holders: vec![FREE; num_pages as usize], free: (0..num_pages).rev().map(PageId).collect(), shared: 0 }
+    pub(crate) fn new(classes: Classes) -> Self {
+        let (full, total) = (classes.num_full, classes.total());
+        Self {
+            holders: vec![FREE; total as usize],
+            classes,
+            free: (0..full).rev().map(PageId).collect(),
+            free_quantized: (full..total).rev().map(PageId).collect(),
+            shared: 0,
+        }
     }
 
-    pub(crate) fn total(&self) -> usize {
-        self.holders.len()
+    pub(crate) fn classes(&self) -> Classes {
+        self.classes
     }
 
+    /// Free pages of full precision.
     pub(crate) fn num_free(&self) -> usize {
         self.free.len()
+    }
+
+    pub(crate) fn num_free_quantized(&self) -> usize {
+        self.free_quantized.len()
     }
 
     /// Private pages with more than one holder.
@@ -38,16 +56,39 @@ impl Pages {
     }
 
     pub(crate) fn bytes(&self) -> usize {
-        self.holders.capacity() * size_of::<Holders>() + self.free.capacity() * size_of::<PageId>()
+        self.holders.capacity() * size_of::<Holders>()
+            + (self.free.capacity() + self.free_quantized.capacity()) * size_of::<PageId>()
     }
 
-    /// Append `count` free pages to `out`, private from now on. The caller asked `num_free` first.
+    /// Append `count` free pages of full precision to `out`, private from now on. The caller asked `num_free` first.
     pub(crate) fn take(&mut self, count: usize, out: &mut Vec<PageId>) {
         let rest = self.free.len() - count;
         for page in self.free.drain(rest..).rev() {
             self.holders[page.index()] = 1;
             out.push(page);
         }
+    }
+
+    /// Take a free quantized page, private from now on.
+    pub(crate) fn take_quantized(&mut self) -> Option<PageId> {
+        let page = self.free_quantized.pop()?;
+        self.holders[page.index()] = 1;
+        Some(page)
+    }
+
+    /// Take this very page off its free list. Searches the list.
+    pub(crate) fn take_back(&mut self, page: PageId) {
+        self.free_list(page).retain(|free| *free != page);
+        self.holders[page.index()] = 1;
+    }
+
+    fn free_list(&mut self, page: PageId) -> &mut Vec<PageId> {
+        if self.classes.is_quantized(page) { &mut self.free_quantized } else { &mut self.free }
+    }
+
+    /// Have `to` held as `from` is, and make `from` private to one holder.
+    pub(crate) fn hand_over(&mut self, from: PageId, to: PageId) {
+        self.holders[to.index()] = std::mem::replace(&mut self.holders[from.index()], 1);
     }
 
     /// Make pages that left the tree private to one holder.
@@ -57,12 +98,25 @@ impl Pages {
         }
     }
 
+    /// Keep pages that left the tree for the plan that condemned them.
+    pub(crate) fn set_aside(&mut self, pages: &[PageId]) {
+        for page in pages {
+            self.holders[page.index()] = SET_ASIDE;
+        }
+    }
+
+    pub(crate) fn is_set_aside(&self, page: PageId) -> bool {
+        self.holders[page.index()] == SET_ASIDE
+    }
+
     /// Free pages whatever they were; they are taken again in the order given.
     pub(crate) fn free(&mut self, pages: &[PageId]) {
         for page in pages {
             self.holders[page.index()] = FREE;
         }
-        self.free.extend(pages.iter().rev());
+        for page in pages.iter().rev() {
+            self.free_list(*page).push(*page);
+        }
     }
 
     /// Hand a page over to the tree.
@@ -79,9 +133,13 @@ impl Pages {
         self.holders[page.index()] == 1
     }
 
-    /// True when a write into the page would be seen by someone else.
+    /// True when a write into the page would be seen by someone else, or would have to be quantized.
     pub(crate) fn must_copy(&self, page: PageId) -> bool {
-        self.holders[page.index()] > 1
+        self.holders[page.index()] > 1 || self.classes.is_quantized(page)
+    }
+
+    pub(crate) fn is_free(&self, page: PageId) -> bool {
+        self.holders[page.index()] == FREE
     }
 
     /// Add a holder to a private page.
@@ -100,7 +158,7 @@ impl Pages {
             IN_TREE => {}
             1 => {
                 *holders = FREE;
-                self.free.push(page);
+                self.free_list(page).push(page);
             }
             count => {
                 *holders = count - 1;
@@ -117,7 +175,8 @@ impl Pages {
         (holders != IN_TREE).then_some(holders)
     }
 
-    pub(crate) fn free_pages(&self) -> &[PageId] {
-        &self.free
+    /// Free pages, those of full precision and the quantized ones.
+    pub(crate) fn free_pages(&self) -> [&[PageId]; 2] {
+        [&self.free, &self.free_quantized]
     }
 }

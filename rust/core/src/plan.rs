@@ -1,6 +1,6 @@
 //! A plan: pages reserved for one step of some sequences, and what it takes to undo that.
 
-use crate::ids::{PageId, SequenceId};
+use crate::ids::{NodeId, PageId, SequenceId};
 use crate::tree::Victim;
 
 /// One sequence of a plan.
@@ -14,16 +14,35 @@ pub(crate) struct Row {
     pub pages: u32,
 }
 
+/// A page that gives its place to a quantized copy of it, and is written by the step.
+pub(crate) struct Demotion {
+    pub source: PageId,
+    pub target: PageId,
+    /// Which block of its text the page holds.
+    pub block: u32,
+    /// Where it stands in the tree, as of when it was chosen; None for a page of a sequence's own.
+    pub place: Option<(NodeId, usize)>,
+}
+
 /// Pages reserved for one step. Give it to `Pool::commit` or `Pool::abandon`: dropping it leaks its
 /// pages, for it does not know the pool.
 #[must_use]
 #[derive(Default)]
 pub struct Plan {
     pub(crate) rows: Vec<Row>,
-    /// Reserved pages in row order: first `num_taken` that were free, then the victims'.
+    /// Reserved pages in row order, of full precision all of them: first `num_taken` that were free, then
+    /// those of victims, then the sources of demotions.
     pub(crate) reserved: Vec<PageId>,
     pub(crate) num_taken: usize,
     pub(crate) victims: Vec<Victim>,
+    /// The victims' pages, of both classes, in the order in which they were condemned.
+    pub(crate) victim_pages: Vec<PageId>,
+    /// In the order in which they were chosen; the first `num_targets_taken` targets were free, the others are
+    /// victims' pages.
+    pub(crate) demotions: Vec<Demotion>,
+    pub(crate) num_targets_taken: usize,
+    /// Written out: victims are gone, and targets are being written.
+    pub(crate) is_filled: bool,
     pub(crate) copies: Vec<(PageId, PageId)>,
     /// One token was appended to each row.
     pub(crate) appended: bool,
@@ -58,6 +77,11 @@ impl Plan {
         &self.copies
     }
 
+    /// Pages to quantize before anything else is copied or written: source, then target.
+    pub fn demotions(&self) -> impl ExactSizeIterator<Item = (PageId, PageId)> + '_ {
+        self.demotions.iter().map(|demotion| (demotion.source, demotion.target))
+    }
+
     /// True when the row's sequence is in the plan: it computes something, or was appended to.
     pub(crate) fn touches(&self, row: &Row) -> bool {
         row.count > 0 || self.appended
@@ -68,6 +92,10 @@ impl Plan {
         self.rows.clear();
         self.reserved.clear();
         self.victims.clear();
+        self.victim_pages.clear();
+        self.demotions.clear();
+        self.num_targets_taken = 0;
+        self.is_filled = false;
         self.copies.clear();
         self.num_taken = 0;
         self.appended = false;

@@ -26,6 +26,11 @@ pub(crate) struct Sequence {
     pub replaced: Option<PageId>,
     /// Tokens from the beginning on that may be sealed, so that others find them.
     pub shareable: u32,
+    /// Tokens from the beginning on that are final though nobody else finds them: pages of whole blocks of
+    /// them may be quantized.
+    pub frozen: u32,
+    /// Private blocks from the beginning on that were quantized or refused.
+    pub cooled: u32,
     /// In an open plan.
     pub planned: bool,
     /// Closed while in an open plan: leaves when that is finished.
@@ -118,7 +123,12 @@ impl Sequences {
         Ok(sequence)
     }
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &Sequence> {
-        self.slots.iter().filter(|slot| slot.is_open).map(|slot| &slot.sequence)
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (SequenceId, &Sequence)> {
+        let open = (0..).zip(&self.slots).filter(|(_, slot)| slot.is_open);
+        open.map(|(index, slot)| (SequenceId { index, generation: slot.generation }, &slot.sequence))
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Sequence> {
+        self.slots.iter_mut().filter(|slot| slot.is_open).map(|slot| &mut slot.sequence)
     }
 }

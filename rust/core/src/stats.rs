@@ -10,6 +10,8 @@ pub(crate) struct Totals {
     pub sealed_pages: u64,
     pub duplicate_pages: u64,
     pub copied_pages: u64,
+    pub demoted_pages: u64,
+    pub refused_pages: u64,
     pub plans: u64,
     pub abandoned_plans: u64,
 }
@@ -35,8 +37,12 @@ macro_rules! statistics {
 statistics! {
     /// Pages of the pool.
     num_pages,
+    /// Those of them that are quantized.
+    num_quantized_pages,
     /// Pages that hold nothing.
     free_pages,
+    /// Quantized pages that hold nothing.
+    free_quantized_pages,
     /// Private pages, those reserved by open plans included.
     mutable_pages,
     /// Pages in the tree.
@@ -65,6 +71,10 @@ statistics! {
     duplicate_pages,
     /// Pages copied before a write.
     copied_pages,
+    /// Pages that gave their place to a quantized copy.
+    demoted_pages,
+    /// Pages that the codec refused: they keep full precision.
+    refused_pages,
     /// Plans made.
     plans,
     /// Plans abandoned.

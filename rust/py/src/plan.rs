@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex};
 
+use kvhybrid_core::PageId;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -17,6 +18,7 @@ pub struct Plan {
     num_evicted: usize,
     max_pages: usize,
     copies: Vec<(u32, u32)>,
+    demotions: Vec<(u32, u32)>,
 }
 
 impl Plan {
@@ -27,6 +29,7 @@ impl Plan {
             num_evicted: plan.num_evicted(),
             max_pages: plan.max_pages(),
             copies: plan.copies().iter().map(|(source, target)| (source.0, target.0)).collect(),
+            demotions: plan.demotions().map(|(source, target)| (source.0, target.0)).collect(),
             open: Mutex::new(Some(plan)),
         }
     }
@@ -78,6 +81,11 @@ impl Plan {
         self.copies.clone()
     }
 
+    #[getter]
+    fn demotions(&self) -> Vec<(u32, u32)> {
+        self.demotions.clone()
+    }
+
     fn fill(&self, tables: &Bound<'_, PyAny>, slots: &Bound<'_, PyAny>, lengths: &Bound<'_, PyAny>) -> PyResult<()> {
         let (mut room_1, mut room_2, mut room_3) = (Room::new(), Room::new(), Room::new());
         let mut tables = room_1.writable(tables, "tables", 2)?;
@@ -104,9 +112,21 @@ impl Plan {
         Ok(())
     }
 
-    fn abandon(&self) -> PyResult<()> {
+    #[pyo3(signature = (*, undone = None, refused = false))]
+    fn abandon(&self, undone: Option<&Bound<'_, PyAny>>, refused: bool) -> PyResult<()> {
+        let mut targets = Vec::new();
+        if let Some(undone) = undone {
+            for page in undone.try_iter()? {
+                let page: u32 = page?.extract()?;
+                if self.demotions.iter().all(|(_, target)| *target != page) {
+                    return Err(PyValueError::new_err(format!("no demotion of the plan goes to page {page}")));
+                }
+                targets.push(PageId(page));
+            }
+        }
+        let undone = targets;
         let plan = self.take()?;
-        self.shared.lock()?.abandon(plan);
+        self.shared.lock()?.abandon_with(plan, &undone, refused);
         Ok(())
     }
 }

@@ -8,6 +8,7 @@ use pyo3::types::PyDict;
 
 use crate::buffers::with_tokens;
 use crate::errors::{poisoned, raised};
+use crate::plan::Plan;
 use crate::sequence::Sequence;
 
 /// The core behind its lock. It is held for bookkeeping only, and nobody attaches while holding it.
@@ -28,16 +29,18 @@ impl Shared {
 pub struct PagePool {
     pub shared: Arc<Shared>,
     num_pages: usize,
+    num_quantized: usize,
     block_size: usize,
 }
 
 #[pymethods]
 impl PagePool {
     #[new]
-    #[pyo3(signature = (num_pages, block_size, *, keep_tails = true))]
-    fn new(num_pages: usize, block_size: usize, keep_tails: bool) -> PyResult<Self> {
-        let pool = Pool::new(num_pages, block_size, keep_tails).map_err(raised)?;
-        Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, block_size })
+    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, keep_tails = true))]
+    fn new(num_pages: usize, block_size: usize, num_quantized: usize, keep_tails: bool) -> PyResult<Self> {
+        let pool = Pool::with_quantized(num_pages, num_quantized, block_size, keep_tails).map_err(raised)?;
+        let num_pages = pool.num_pages();
+        Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, block_size })
     }
 
     fn __repr__(&self) -> PyResult<String> {
@@ -57,6 +60,11 @@ impl PagePool {
     }
 
     #[getter]
+    fn num_quantized(&self) -> usize {
+        self.num_quantized
+    }
+
+    #[getter]
     fn block_size(&self) -> usize {
         self.block_size
     }
@@ -64,6 +72,11 @@ impl PagePool {
     #[getter]
     fn num_free(&self) -> PyResult<usize> {
         Ok(self.shared.lock()?.num_free())
+    }
+
+    #[getter]
+    fn num_free_quantized(&self) -> PyResult<usize> {
+        Ok(self.shared.lock()?.num_free_quantized())
     }
 
     #[getter]
@@ -95,6 +108,11 @@ impl PagePool {
         })?;
         let (id, cached) = opened?;
         Ok(Sequence::new(self.shared.clone(), id, cached))
+    }
+
+    fn demote(&self, num_pages: usize) -> PyResult<Plan> {
+        let plan = self.shared.lock()?.plan_demotion(num_pages).map_err(raised)?;
+        Ok(Plan::new(self.shared.clone(), plan))
     }
 
     fn evict(&self, num_pages: usize) -> PyResult<usize> {

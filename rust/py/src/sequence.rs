@@ -93,6 +93,10 @@ impl Sequence {
         self.shared.lock()?.share_up_to(self.id, length).map_err(raised)
     }
 
+    fn freeze(&self, length: usize) -> PyResult<()> {
+        self.shared.lock()?.freeze(self.id, length).map_err(raised)
+    }
+
     fn truncate(&self, length: usize) -> PyResult<()> {
         self.shared.lock()?.truncate(self.id, length).map_err(raised)
     }

@@ -8,14 +8,14 @@ impl Pool {
     /// Verify every invariant and name the one that broke. Costs the pool: for tests.
     pub fn check(&self) -> Result<()> {
         let broken = |what: String| Err(Error::Broken(what));
-        let in_tree = self.tree.check(self.sequences.iter().map(|sequence| sequence.anchor))?;
-        let mut held: Vec<Option<u32>> = vec![Some(0); self.pages.total()];
+        let in_tree = self.tree.check(self.sequences.iter().map(|(_, sequence)| sequence.anchor))?;
+        let mut held: Vec<Option<u32>> = vec![Some(0); self.num_pages()];
         for page in in_tree {
             if held[page.index()].take().is_none() {
                 return broken(format!("page {} stands twice in the tree", page.0));
             }
         }
-        for sequence in self.sequences.iter() {
+        for (_, sequence) in self.sequences.iter() {
             let sealed = (sequence.sealed >> self.shift) as usize;
             let mut path = vec![PageId(0); sealed];
             self.tree.copy_pages(sequence.anchor, &mut path);
@@ -29,15 +29,27 @@ impl Pool {
             if sequence.length > sequence.known() || sequence.sealed > sequence.length {
                 return broken(format!("{} sealed of {} tokens", sequence.sealed, sequence.length));
             }
+            let whole = (sequence.length >> self.shift) as usize;
+            let own = sequence.table.iter().enumerate().skip(whole.max(sealed));
+            for (block, page) in own.filter(|(_, page)| self.pages.is_mutable(**page)) {
+                // A sequence that was cut goes on from a copy, and until then stands on the page it had.
+                let is_cut = !sequence.planned && block == whole;
+                if self.pages.classes().is_quantized(*page) && !is_cut {
+                    return broken(format!("quantized page {} is written, as block {block}", page.0));
+                }
+            }
             for page in sequence.table[sealed..].iter().chain(&sequence.replaced) {
                 if let Some(count) = &mut held[page.index()] {
                     *count += 1;
                 }
             }
         }
+        let mut kept = 0; // by plans that were not filled
         for (page, expected) in (0..).map(PageId).zip(&held) {
             let holders = self.pages.holders(page);
-            if holders != *expected {
+            let is_kept = self.pages.is_set_aside(page) && *expected == Some(0);
+            kept += usize::from(is_kept);
+            if holders != *expected && !is_kept {
                 return broken(format!("page {} has {holders:?} holders for {expected:?}", page.0));
             }
         }
@@ -45,15 +57,20 @@ impl Pool {
         if shared != self.pages.num_shared() {
             return broken(format!("{} private pages counted as shared of {shared}", self.pages.num_shared()));
         }
-        let mut free: Vec<PageId> = self.pages.free_pages().to_vec();
+        let classes = self.pages.classes();
+        let mut free: Vec<PageId> = self.pages.free_pages().concat();
+        let misplaced = self.pages.free_pages().map(|pages| classes.count(pages));
+        if misplaced != [0, self.pages.num_free_quantized()] {
+            return broken(format!("{misplaced:?} quantized pages on the two free lists"));
+        }
         free.sort_unstable();
         free.dedup();
-        let unheld = held.iter().filter(|count| **count == Some(0)).count();
-        if free.len() != self.pages.num_free() || unheld != free.len() {
-            return broken(format!("{} pages on the free list of {unheld}", self.pages.num_free()));
+        let unheld = held.iter().filter(|count| **count == Some(0)).count() - kept;
+        if free.len() != self.num_free() || unheld != free.len() {
+            return broken(format!("{} pages on the free lists of {unheld}", self.num_free()));
         }
         if free.iter().any(|page| held[page.index()] != Some(0)) {
-            return broken("a page on the free list is in use".into());
+            return broken("a page on a free list is in use".into());
         }
         Ok(())
     }

@@ -20,7 +20,8 @@ impl Pool {
     /// The path is pinned once more; private pages get a second holder, and whoever writes into a
     /// partly filled one first copies it.
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
-        let Sequence { ref table, ref tail, anchor, sealed, length, shareable, .. } = *self.sequences.at_rest(id)?;
+        let Sequence { ref table, ref tail, anchor, sealed, length, shareable, frozen, cooled, .. } =
+            *self.sequences.at_rest(id)?;
         let (table, tail) = (table.clone(), tail.clone());
         for page in &table[(sealed >> self.shift) as usize..] {
             if !self.pages.is_in_tree(*page) {
@@ -29,8 +30,19 @@ impl Pool {
         }
         self.tree.pin_path(anchor);
         let (id, fork) = self.sequences.insert();
-        *fork = Sequence { table, tail, anchor, sealed, length, shareable, ..Sequence::default() };
+        *fork = Sequence { table, tail, anchor, sealed, length, shareable, frozen, cooled, ..Sequence::default() };
         Ok(id)
+    }
+
+    /// Say that the first `length` tokens are final: pages of whole blocks of them may be quantized, though
+    /// they are never sealed. Sealed ones always may.
+    pub fn freeze(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        let sequence = self.sequences.at_rest(id)?;
+        if length > sequence.length as usize {
+            return Err(Error::Argument(format!("cannot freeze {length} of {} tokens", sequence.length)));
+        }
+        sequence.frozen = length as u32;
+        Ok(())
     }
 
     /// Let others find the first `length` tokens at most; blocks sealed before stay sealed.
@@ -63,6 +75,8 @@ impl Pool {
         let was_sealed = (sequence.sealed >> self.shift) as usize;
         sequence.sealed = sequence.sealed.min(length >> self.shift << self.shift);
         sequence.length = sequence.length.min(length);
+        sequence.frozen = sequence.frozen.min(length);
+        sequence.cooled = sequence.cooled.min(length >> self.shift);
         let kept = (sequence.length as usize).div_ceil(1 << self.shift);
         for page in sequence.table[kept.max(was_sealed).min(sequence.table.len())..].iter().rev() {
             self.pages.release(*page);

@@ -2,13 +2,16 @@
 
 mod check;
 mod edit;
+mod held;
 mod open;
+mod room;
 mod step;
+mod undo;
 
 pub use open::OpenOptions;
 
 use crate::error::{Error, Result};
-use crate::ids::{Namespace, PageId, SequenceId};
+use crate::ids::{Classes, Namespace, PageId, SequenceId};
 use crate::pages::Pages;
 use crate::plan::Plan;
 use crate::sequence::Sequences;
@@ -31,37 +34,48 @@ pub struct Pool {
     duplicates: Vec<PageId>,
     /// Closed sequences leave their last, partly filled block behind.
     keep_tails: bool,
+    /// A plan with demotions was made and not yet filled: no other may reserve pages.
+    moving: bool,
 }
 
 impl Pool {
     /// Make a pool of empty pages. Slots (`page * block_size + offset`) must fit int32. With `keep_tails`
     /// closed sequences leave their last, partly filled block behind, else full blocks only.
     pub fn new(num_pages: usize, block_size: usize, keep_tails: bool) -> Result<Self> {
+        Self::with_quantized(num_pages, 0, block_size, keep_tails)
+    }
+
+    /// Make a pool whose last `num_quantized` pages are quantized: they take the blocks that are coldest when
+    /// pages of full precision, the first `num_full`, are short.
+    pub fn with_quantized(num_full: usize, num_quantized: usize, block_size: usize, keep_tails: bool) -> Result<Self> {
         if !block_size.is_power_of_two() {
             return Err(Error::Argument(format!("block_size must be a power of two, not {block_size}")));
         }
+        let num_pages = num_full.saturating_add(num_quantized);
         let slots = num_pages.checked_mul(block_size).filter(|slots| *slots <= 1 << 31);
-        if num_pages == 0 || slots.is_none() {
+        if num_full == 0 || slots.is_none() {
             return Err(Error::Argument(format!(
                 "num_pages must lie in 1..={} for blocks of {block_size}, not {num_pages}",
                 (1u64 << 31) / block_size as u64
             )));
         }
+        let classes = Classes { num_full: num_full as u32, num_quantized: num_quantized as u32 };
         Ok(Self {
-            pages: Pages::new(num_pages as u32),
-            tree: Tree::new(block_size as u32),
+            pages: Pages::new(classes),
+            tree: Tree::new(block_size as u32, classes),
             sequences: Sequences::default(),
             totals: Totals::default(),
             shift: block_size.trailing_zeros(),
             spare: None,
             duplicates: Vec::new(),
             keep_tails,
+            moving: false,
         })
     }
 
     /// Pages of the pool.
     pub fn num_pages(&self) -> usize {
-        self.pages.total()
+        self.pages.classes().total() as usize
     }
 
     /// Tokens a page.
@@ -71,7 +85,12 @@ impl Pool {
 
     /// Pages that hold nothing.
     pub fn num_free(&self) -> usize {
-        self.pages.num_free()
+        self.pages.num_free() + self.pages.num_free_quantized()
+    }
+
+    /// Quantized pages that hold nothing.
+    pub fn num_free_quantized(&self) -> usize {
+        self.pages.num_free_quantized()
     }
 
     /// Pages of the tree that may leave.
@@ -102,6 +121,7 @@ impl Pool {
         let mut plan = self.spare.take().unwrap_or_default();
         condemn(&mut self.tree, &mut plan.reserved, &mut plan.victims);
         self.tree.finish(&mut plan.victims);
+        self.tree.forget_refused(&plan.reserved);
         self.pages.free(&plan.reserved);
         let count = plan.reserved.len();
         self.totals.evicted_pages += count as u64;
@@ -135,11 +155,13 @@ impl Pool {
 
     /// Counters, O(1).
     pub fn statistics(&self) -> Statistics {
-        let (total, free) = (self.pages.total(), self.pages.num_free());
+        let (total, free) = (self.num_pages(), self.num_free());
         let (sealed, evictable) = (self.tree.num_sealed(), self.tree.num_evictable());
         Statistics {
             num_pages: total as u64,
+            num_quantized_pages: u64::from(self.pages.classes().num_quantized),
             free_pages: free as u64,
+            free_quantized_pages: self.pages.num_free_quantized() as u64,
             mutable_pages: (total - free - sealed) as u64,
             sealed_pages: sealed as u64,
             shared_pages: (self.tree.num_shared() + self.pages.num_shared()) as u64,
@@ -154,6 +176,8 @@ impl Pool {
             sealed_total: self.totals.sealed_pages,
             duplicate_pages: self.totals.duplicate_pages,
             copied_pages: self.totals.copied_pages,
+            demoted_pages: self.totals.demoted_pages,
+            refused_pages: self.totals.refused_pages,
             plans: self.totals.plans,
             abandoned_plans: self.totals.abandoned_plans,
         }

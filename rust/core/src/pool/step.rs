@@ -1,8 +1,9 @@
 //! One step: plan, fill, then commit or abandon.
 
+use super::held::Candidate;
 use super::{Pool, check_tokens};
 use crate::error::{Error, Result, SequenceLabel};
-use crate::ids::SequenceId;
+use crate::ids::{PageId, SequenceId};
 use crate::plan::{Plan, Row};
 use crate::tree::Sealing;
 
@@ -14,8 +15,9 @@ impl Pool {
     pub fn plan(&mut self, rows: &[SequenceId], counts: Option<&[i32]>, tokens: Option<&[u32]>) -> Result<Plan> {
         let mut plan = self.spare.take().unwrap_or_default();
         match self.survey(&mut plan, rows, counts, tokens) {
-            Ok(needed) => {
-                self.reserve(&mut plan, needed, tokens);
+            Ok((needed, held)) => {
+                self.take_room(&mut plan, needed, held);
+                self.hand_out(&mut plan, tokens);
                 self.totals.plans += 1;
                 Ok(plan)
             }
@@ -31,14 +33,14 @@ impl Pool {
         }
     }
 
-    /// Ask every row what it needs, and mark it as planned. Returns the pages needed.
+    /// Ask every row what it needs, and mark it as planned. Returns the pages needed, and who in use gives some.
     fn survey(
         &mut self,
         plan: &mut Plan,
         rows: &[SequenceId],
         counts: Option<&[i32]>,
         tokens: Option<&[u32]>,
-    ) -> Result<usize> {
+    ) -> Result<(usize, Vec<Candidate>)> {
         for (name, length) in [("counts", counts.map(<[i32]>::len)), ("tokens", tokens.map(<[u32]>::len))] {
             if let Some(length) = length.filter(|length| *length != rows.len()) {
                 return Err(Error::Argument(format!("{name} must hold one a row: {length} for {} rows", rows.len())));
@@ -76,22 +78,12 @@ impl Pool {
             }
             plan.rows.push(row);
         }
-        let (free, evictable) = (self.pages.num_free(), self.tree.num_evictable());
-        if needed > free + evictable {
-            return Err(Error::Capacity { needed, free, evictable, total: self.pages.total() });
-        }
-        Ok(needed)
+        let held = self.find_room(plan, needed)?;
+        Ok((needed, held))
     }
 
-    /// Take the pages, free ones first, and hand them out in row order.
-    fn reserve(&mut self, plan: &mut Plan, needed: usize, tokens: Option<&[u32]>) {
-        plan.num_taken = needed.min(self.pages.num_free());
-        self.pages.take(plan.num_taken, &mut plan.reserved);
-        if needed > plan.num_taken {
-            plan.num_evicted = needed - plan.num_taken;
-            self.tree.condemn(plan.num_evicted, &mut plan.reserved, &mut plan.victims);
-            self.pages.claim(&plan.reserved[plan.num_taken..]);
-        }
+    /// Hand the reserved pages out in row order.
+    fn hand_out(&mut self, plan: &mut Plan, tokens: Option<&[u32]>) {
         let mut next = 0;
         for (index, row) in plan.rows.iter().enumerate() {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
@@ -137,7 +129,7 @@ impl Pool {
                 return Err(Error::Argument(format!("{name} must hold at least {needs}, not {has}")));
             }
         }
-        self.finish_victims(plan);
+        self.settle(plan);
         let mut slots = slots;
         for (index, row) in plan.rows.iter().enumerate() {
             lengths[2 * index] = row.length as i32;
@@ -167,16 +159,32 @@ impl Pool {
         Ok(())
     }
 
-    fn finish_victims(&mut self, plan: &mut Plan) {
-        if !plan.victims.is_empty() {
-            self.totals.evicted_pages += plan.num_evicted as u64;
-            self.tree.finish(&mut plan.victims);
+    /// Let the victims go. From here on the targets of demotions are written.
+    fn settle(&mut self, plan: &mut Plan) {
+        if std::mem::replace(&mut plan.is_filled, true) {
+            return;
         }
+        if !plan.demotions.is_empty() {
+            self.moving = false;
+        }
+        if plan.victim_pages.is_empty() {
+            return;
+        }
+        self.totals.evicted_pages += plan.num_evicted as u64;
+        self.tree.finish(&mut plan.victims);
+        self.tree.forget_refused(&plan.victim_pages);
+        let classes = self.pages.classes();
+        let used = plan.demotions.len() - plan.num_targets_taken;
+        let quantized = plan.victim_pages.iter().filter(|page| classes.is_quantized(**page));
+        let spare: Vec<PageId> = quantized.skip(used).copied().collect();
+        self.pages.free(&spare);
+        plan.victim_pages.clear();
     }
 
     /// Make the step true: lengths move on, full blocks are sealed.
     pub fn commit(&mut self, mut plan: Plan) {
-        self.finish_victims(&mut plan);
+        self.settle(&mut plan);
+        self.totals.demoted_pages += plan.demotions.len() as u64;
         for row in plan.rows.iter().filter(|row| plan.touches(row)) {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
             sequence.planned = false;
@@ -241,7 +249,8 @@ impl Pool {
         if count >> self.shift != 0 {
             return;
         }
-        let Some(page) = sequence.table.get(first).copied().filter(|page| self.pages.is_mutable(*page)) else { return };
+        let is_ours = |page: &PageId| self.pages.is_mutable(*page) && !self.pages.classes().is_quantized(*page);
+        let Some(page) = sequence.table.get(first).copied().filter(is_ours) else { return };
         if self.tree.contains(sequence.anchor, sequence.sealed, &sequence.tail[..count]) {
             return;
         }
@@ -268,40 +277,7 @@ impl Pool {
         self.duplicates.clear();
     }
 
-    /// Undo the plan. Victims of a plan that was not filled stand where they stood.
-    pub fn abandon(&mut self, mut plan: Plan) {
-        self.totals.abandoned_plans += 1;
-        for row in plan.rows.iter().filter(|row| plan.touches(row)) {
-            let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
-            sequence.planned = false;
-            if plan.appended {
-                sequence.tail.pop();
-            }
-            sequence.table.truncate(row.pages as usize);
-            if let Some(source) = sequence.replaced.take() {
-                sequence.table[(row.length >> self.shift) as usize] = source;
-            }
-        }
-        let victims = plan.reserved.split_off(plan.num_taken);
-        if plan.victims.is_empty() {
-            self.pages.free(&victims);
-        } else {
-            for page in &victims {
-                self.pages.seal(*page);
-            }
-            self.tree.restore(&mut plan.victims, &victims, &mut self.duplicates);
-            self.totals.evicted_pages += self.duplicates.len() as u64;
-            self.pages.free(&self.duplicates);
-            self.duplicates.clear();
-        }
-        self.pages.free(&plan.reserved);
-        for row in &plan.rows {
-            self.close_if_closing(row.sequence);
-        }
-        self.retire(plan);
-    }
-
-    fn close_if_closing(&mut self, id: SequenceId) {
+    pub(super) fn close_if_closing(&mut self, id: SequenceId) {
         if let Some(sequence) = self.sequences.find_mut(id)
             && sequence.closing
             && !sequence.planned

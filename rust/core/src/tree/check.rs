@@ -1,6 +1,6 @@
 //! Every promise of the tree, verified by walking it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use super::Tree;
 use crate::error::{Error, Result};
@@ -26,7 +26,9 @@ impl Tree {
             }
         }
         let age = self.check_order()?;
+        let mut waiting = self.check_cooling()?;
         let (mut pages, mut evictable, mut shared, mut linked) = (Vec::new(), 0, 0, 0);
+        let (mut quantized, mut given) = (0, 0);
         for root in self.roots.iter() {
             for node in self.preorder(root) {
                 self.check_node(node, &age)?;
@@ -37,8 +39,18 @@ impl Tree {
                 evictable += if it.pins == 0 { it.pages.len() } else { 0 };
                 shared += if it.pins > 1 { it.pages.len() } else { 0 };
                 linked += usize::from(!it.is_root());
+                if it.pins == 0 {
+                    quantized += it.quantized as usize;
+                    given += self.gives(node);
+                    let waits = waiting.remove(&node);
+                    hold!(waits == (self.gives(node) > 0), "{node:?} gives {} and waits: {waits}", self.gives(node));
+                }
             }
         }
+        hold!(waiting.is_empty(), "nodes that are pinned or gone wait: {waiting:?}");
+        hold!(given == self.given, "{} pages counted as given of {given}", self.given);
+        let counted = self.evictable_quantized;
+        hold!(quantized == counted, "{counted} quantized pages counted as evictable of {quantized}");
         hold!(pins.is_empty(), "sequences stand on nodes outside the tree: {pins:?}");
         hold!(self.children.len() == linked, "{} children indexed of {linked}", self.children.len());
         hold!(pages.len() == self.sealed, "{} pages counted as sealed of {}", self.sealed, pages.len());
@@ -57,6 +69,32 @@ impl Tree {
             node = self.order.newer(node);
         }
         Ok(age)
+    }
+
+    /// Nodes that have pages to give.
+    fn check_cooling(&self) -> Result<HashSet<NodeId>> {
+        let mut waiting = HashSet::new();
+        let mut node = self.cooling.oldest();
+        while node.is_some() {
+            hold!(waiting.insert(node), "{node:?} waits twice");
+            node = self.cooling.newer(node);
+        }
+        Ok(waiting)
+    }
+
+    fn check_classes(&self, node: NodeId) -> Result<()> {
+        let it = self.at(node);
+        let quantized = self.classes.count(&it.pages);
+        hold!(it.quantized as usize == quantized, "{node:?} counts {} quantized of {quantized}", it.quantized);
+        let refused = it.pages.iter().filter(|page| self.refused.contains(page)).count();
+        hold!(it.refused as usize == refused, "{node:?} counts {} refused of {refused}", it.refused);
+        let tails = it.pages.get(self.num_whole(node)..).unwrap_or(&[]);
+        hold!(self.classes.count(tails) == 0, "the tail of {node:?} is quantized");
+        let is_cold = |page: &PageId| self.classes.is_quantized(*page) || self.refused.contains(page);
+        let seen = it.pages.get(..it.cooled as usize).unwrap_or(&[]);
+        hold!(seen.len() == it.cooled as usize, "{node:?} looked past its {} pages", it.pages.len());
+        hold!(seen.iter().all(is_cold), "{node:?} passed over a page that it can give");
+        Ok(())
     }
 
     fn check_node(&self, node: NodeId, age: &HashMap<NodeId, usize>) -> Result<()> {
@@ -80,6 +118,7 @@ impl Tree {
             let fits = it.pages.len() == full || it.pages.len() == most;
             hold!(fits, "{node:?} has {} pages for {full} blocks", it.pages.len());
         }
+        self.check_classes(node)?;
         hold!((it.pins == 0) == age.contains_key(&node), "{node:?} with {} pins is misplaced", it.pins);
         if let (Some(own), Some(parents)) = (age.get(&node), age.get(&it.parent)) {
             hold!(own < parents, "{node:?} is younger than its parent");

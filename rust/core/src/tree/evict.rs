@@ -3,6 +3,7 @@
 
 use super::{Node, Tree};
 use crate::ids::{NodeId, PageId};
+use crate::policy::Lru;
 
 /// What must be remembered to restore a victim. Its pages are in the caller's list, in order.
 pub(crate) enum Victim {
@@ -21,12 +22,7 @@ impl Tree {
             debug_assert!(self.at(leaf).is_leaf(), "the oldest node is always a leaf");
             let have = self.at(leaf).pages.len();
             if have > want {
-                let node = self.at_mut(leaf);
-                let (epoch, kept) = (node.epoch, have - want);
-                pages.extend(node.pages.drain(kept..));
-                victims.push(Victim::Part { node: leaf, epoch, kept, count: want });
-                self.evictable -= want;
-                self.sealed -= want;
+                self.condemn_end(leaf, have - want, pages, victims);
                 return;
             }
             want -= have;
@@ -35,6 +31,24 @@ impl Tree {
                 parent = self.condemn_leaf(parent, pages, victims);
             }
         }
+    }
+
+    /// Condemn the pages of a leaf from the `kept`-th on; of an inner node, a last one that it can spare.
+    pub(super) fn condemn_end(
+        &mut self,
+        node: NodeId,
+        kept: usize,
+        pages: &mut Vec<PageId>,
+        victims: &mut Vec<Victim>,
+    ) {
+        let given = self.gives(node);
+        let (first, it) = (pages.len(), self.at_mut(node));
+        let (epoch, count) = (it.epoch, it.pages.len() - kept);
+        pages.extend(it.pages.drain(kept..));
+        victims.push(Victim::Part { node, epoch, kept, count });
+        self.evictable -= count;
+        self.sealed -= count;
+        self.lose(node, &pages[first..], given);
     }
 
     /// Condemn every unpinned node below `root`.
@@ -85,9 +99,10 @@ impl Tree {
         }
     }
 
-    fn condemn_leaf(&mut self, leaf: NodeId, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) -> NodeId {
+    pub(super) fn condemn_leaf(&mut self, leaf: NodeId, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) -> NodeId {
         self.unlink(leaf);
         self.order.remove(leaf);
+        self.warm(leaf);
         let gone = self.next_epoch();
         let node = self.at_mut(leaf);
         let epoch = std::mem::replace(&mut node.epoch, gone);
@@ -101,7 +116,7 @@ impl Tree {
     }
 
     /// An unpinned leaf without pages: the start of a block whose children all left.
-    fn is_hollow(&self, node: NodeId) -> bool {
+    pub(super) fn is_hollow(&self, node: NodeId) -> bool {
         let node = self.at(node);
         node.is_leaf() && !node.is_root() && node.pages.is_empty() && node.pins == 0
     }
@@ -119,6 +134,7 @@ impl Tree {
         self.at_mut(node).epoch = epoch;
         self.link(node);
         self.order.push_oldest(node);
+        self.cool(node, Lru::push_oldest);
         self.evictable += count;
         self.sealed += count;
         true
@@ -128,9 +144,11 @@ impl Tree {
         if !self.is_as_left(node, epoch, kept) {
             return false;
         }
+        let given = self.gives(node);
         let grown = self.at_mut(node);
         grown.pages.extend_from_slice(pages);
         let pins = grown.pins;
+        self.gain(node, pages, given);
         self.sealed += pages.len();
         match pins {
             0 => self.evictable += pages.len(),
@@ -141,8 +159,9 @@ impl Tree {
     }
 
     fn is_as_left(&self, node: NodeId, epoch: u32, kept: usize) -> bool {
+        let is_spare = self.num_whole(node) == kept;
         let node = self.at(node);
-        node.epoch == epoch && node.is_leaf() && node.pages.len() == kept
+        node.epoch == epoch && (node.is_leaf() || is_spare) && node.pages.len() == kept
     }
 
     /// Nodes from `root` down, parents before children.

@@ -22,6 +22,8 @@
 //! pages are in an open plan) are stale: nobody matches them, and whoever writes there trims them.
 
 mod check;
+mod cool;
+mod demote;
 mod evict;
 mod find;
 mod index;
@@ -29,9 +31,12 @@ mod pin;
 mod seal;
 mod split;
 
+pub(crate) use demote::Gift;
 pub use find::common_prefix;
 
-use crate::ids::{Namespace, NodeId, PageId};
+use std::collections::BTreeSet;
+
+use crate::ids::{Classes, Namespace, NodeId, PageId};
 use crate::policy::Lru;
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
@@ -52,6 +57,11 @@ struct Node {
     /// Changes whenever something that a plan remembers about the node would no longer be true: it
     /// left the tree, or lost tokens at its end.
     epoch: u32,
+    /// How many of the pages are quantized, and how many the codec refused.
+    quantized: u32,
+    refused: u32,
+    /// Pages from the first on that were seen to be one or the other.
+    cooled: u32,
 }
 
 impl Default for NodeId {
@@ -82,16 +92,24 @@ pub(crate) struct Tree {
     roots: Roots,
     /// Unpinned nodes by age.
     order: Lru,
+    /// Those of them that have pages of full precision to give, by age.
+    cooling: Lru,
+    classes: Classes,
+    /// Pages that the codec refused.
+    refused: BTreeSet<PageId>,
     /// log2 of the block size.
     shift: u32,
     epochs: u32,
     sealed: usize,
     evictable: usize,
+    evictable_quantized: usize,
+    /// Pages that the nodes of `cooling` have to give.
+    given: usize,
     shared: usize,
 }
 
 impl Tree {
-    pub(crate) fn new(block_size: u32) -> Self {
+    pub(crate) fn new(block_size: u32, classes: Classes) -> Self {
         let seed = Seed::random();
         Self {
             nodes: Vec::new(),
@@ -99,10 +117,15 @@ impl Tree {
             children: Children::new(seed),
             roots: Roots::new(seed),
             order: Lru::new(),
+            cooling: Lru::new(),
+            classes,
+            refused: BTreeSet::new(),
             shift: block_size.trailing_zeros(),
             epochs: 0,
             sealed: 0,
             evictable: 0,
+            evictable_quantized: 0,
+            given: 0,
             shared: 0,
         }
     }
@@ -135,6 +158,7 @@ impl Tree {
             + self.children.bytes()
             + self.roots.bytes()
             + self.order.bytes()
+            + self.cooling.bytes()
     }
 
     /// The root of a namespace, made when there is none.
@@ -197,6 +221,9 @@ impl Tree {
         let id = NodeId(self.nodes.len() as u32);
         self.nodes.push(node);
         self.order.grow(self.nodes.len());
+        if self.classes.num_quantized > 0 {
+            self.cooling.grow(self.nodes.len());
+        }
         id
     }
 

@@ -2,6 +2,7 @@
 
 use super::Tree;
 use crate::ids::NodeId;
+use crate::policy::Lru;
 
 impl Tree {
     /// Find the anchor for a match of `matched` tokens that ended in `node`, and pin its path.
@@ -84,6 +85,7 @@ impl Tree {
         if pins == 1 && !is_root {
             self.evictable -= pages;
             self.order.remove(node);
+            self.warm(node);
         } else if pins == 2 {
             self.shared += pages;
         }
@@ -103,6 +105,7 @@ impl Tree {
             0 => {
                 self.evictable += pages;
                 self.order.push_newest(node);
+                self.cool(node, Lru::push_newest);
                 return true;
             }
             1 => self.shared -= pages,

@@ -86,7 +86,7 @@ impl Tree {
         let start = from + range.start as u32;
         let pages = &pages[((start >> self.shift) - (from >> self.shift)) as usize..];
         self.sealed += pages.len();
-        let has_tail = self.has_tail(node);
+        let (quantized, has_tail) = (self.classes.count(pages) as u32, self.has_tail(node));
         let end = self.at_mut(node);
         if end.pins == 1 && end.is_leaf() && !end.pages.is_empty() {
             // The block that the tail begins is in `pages`, longer. Nobody else can be copying it.
@@ -95,6 +95,7 @@ impl Tree {
             }
             end.run.extend_from_slice(&tail[range.clone()]);
             end.pages.extend_from_slice(pages);
+            end.quantized += quantized;
             tail.drain(..range.end);
             self.sealed -= usize::from(has_tail);
             return node;
@@ -111,8 +112,8 @@ impl Tree {
             tail.drain(..range.end);
             run
         };
-        let leaf = Node { run, pages: pages.to_vec(), start, parent: node, pins: 1, ..Node::default() };
-        let leaf = self.insert(leaf);
+        let pages = pages.to_vec();
+        let leaf = self.insert(Node { run, pages, start, parent: node, pins: 1, quantized, ..Node::default() });
         self.link(leaf);
         leaf
     }

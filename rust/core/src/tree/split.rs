@@ -24,11 +24,13 @@ impl Tree {
         pages.shrink_to_fit();
         let (parent, pins) = (lower.parent, lower.pins);
         let upper = self.insert(Node { run, pages, start, parent, pins, ..Node::default() });
+        self.divide(upper, node);
         self.at_mut(node).parent = upper;
         self.link(upper);
         self.link(node);
         if pins == 0 {
             self.order.push_newer_than(upper, node);
+            self.cool_upper(upper, node);
         }
         upper
     }
@@ -46,10 +48,13 @@ impl Tree {
         self.trim(leaf);
         self.unlink(leaf);
         self.order.remove(leaf);
-        let Node { run, pages, .. } = std::mem::take(self.at_mut(leaf));
+        self.cool_merged(parent, leaf);
+        let Node { run, pages, quantized, refused, .. } = std::mem::take(self.at_mut(leaf));
         let upper = self.at_mut(parent);
         upper.run.extend_from_slice(&run);
         upper.pages.extend_from_slice(&pages);
+        upper.quantized += quantized;
+        upper.refused += refused;
         self.vacate(leaf);
         Some(parent)
     }
