@@ -42,6 +42,7 @@ WRONG = {
     "dtype": ("int8", "bfloat16"),
     "use_compression": ("perhaps", "true or false"),
     "compression_ratio": (1.5, "at most 1"),
+    "compression_scorer": ("guess", "keydiff"),
     "use_quantization": ("perhaps", "true or false"),
     "quantization_bits": (5, "4, 8 or 16"),
     "enable_gc": ("perhaps", "true or false"),
@@ -63,8 +64,6 @@ WRONG = {
 # A value in range of each field whose feature is not there yet.
 ASKED = {
     "cache_strategy": CacheStrategy.PAGED,
-    "use_compression": True,
-    "compression_ratio": 0.5,
     "use_quantization": True,
     "quantization_bits": 8,
     "enable_persistence": True,

@@ -7,6 +7,7 @@ silence. Imports no torch: a dtype is kept as its name. Where values come from i
 
 import warnings
 from difflib import get_close_matches
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Self, Unpack
 
@@ -17,7 +18,14 @@ from kvhybrid._core import __version__
 from kvhybrid.config_sources import ENV_PREFIX, PRESET_KEY, EnvFileSource, EnvironmentSource, PresetSource
 from kvhybrid.errors import ConfigError, UnsupportedError
 from kvhybrid.layout import DTYPE_BYTES, MAX_BLOCK_SIZE, as_torch_dtype, dtype_name
-from kvhybrid.presets import PRESETS, SWITCHES, CacheStrategy, ConfigValues, PresetName
+from kvhybrid.presets import (
+    PRESETS,
+    SWITCHES,
+    CacheStrategy,
+    CompressionScorer,
+    ConfigValues,
+    PresetName,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -28,8 +36,6 @@ __all__ = ["CacheStrategy", "KVCacheConfig"]
 ABSENT: Final = frozenset(
     {
         "cache_strategy",
-        "use_compression",
-        "compression_ratio",
         "use_quantization",
         "quantization_bits",
         "enable_persistence",
@@ -132,10 +138,16 @@ class KVCacheConfig(BaseSettings):
     """Storage dtype of full-precision pages, as a name or a torch dtype. None: the model's own."""
 
     use_compression: bool = False
-    """Keep only part of old context."""
+    """Keep only part of a session's old context, from the end of its first turn on."""
 
     compression_ratio: Annotated[float, Number, Field(gt=0, le=1)] = 1.0
-    """The fraction of the tokens to keep: lower is stronger, 1.0 is off. (kvpress counts what is removed.)"""
+    """The fraction to keep of the tokens before the last 32: lower is stronger, 1.0 is off. (kvpress counts
+    what is removed.)"""
+
+    compression_scorer: Annotated[
+        CompressionScorer, BeforeValidator(_lower), Allowed(f"one of {', '.join(CompressionScorer)}")
+    ] = CompressionScorer.KEYDIFF
+    """How to tell which those are; snapkv and tova go by queries, which only models that read pages show."""
 
     use_quantization: bool = False
     """Store cold pages in fewer bits."""
@@ -259,7 +271,7 @@ class KVCacheConfig(BaseSettings):
         values = {
             n: getattr(self, n) for n, f in type(self).model_fields.items() if n in shown or self._is_set(n)
         }
-        return [(n, v.value if isinstance(v, CacheStrategy) else v) for n, v in values.items()]
+        return [(n, v.value if isinstance(v, StrEnum) else v) for n, v in values.items()]
 
     __str__ = BaseSettings.__repr__
 
@@ -284,13 +296,17 @@ class KVCacheConfig(BaseSettings):
     def _refuse_contradictions(self) -> None:
         if self.max_tokens < self.block_size:
             raise ConfigError(f"max_tokens={self.max_tokens}: must be at least block_size={self.block_size}")
+        if self.use_compression and self.reproducible:
+            raise ConfigError(
+                "use_compression=True: contradicts reproducible=True, which promises a whole text's answers"
+            )
         for switch, detail in SWITCHES.items():
             if self._is_set(detail) and not getattr(self, switch):
                 raise ConfigError(f"{_list(self, [detail])}: says nothing without {switch}=True")
 
 
 def _plain(value: object) -> object:
-    return value.value if isinstance(value, CacheStrategy) else value
+    return value.value if isinstance(value, StrEnum) else value
 
 
 def _list(config: KVCacheConfig, names: list[str]) -> str:

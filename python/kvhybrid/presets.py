@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from pydantic import SecretStr
 
-__all__ = ["PRESETS", "SWITCHES", "CacheStrategy", "ConfigValues", "PresetName"]
+__all__ = ["PRESETS", "SWITCHES", "CacheStrategy", "CompressionScorer", "ConfigValues", "PresetName"]
 
 PresetName = Literal[
     "high_performance", "memory_efficient", "balanced", "high_traffic", "low_latency", "memory_constrained"
@@ -27,6 +27,17 @@ class CacheStrategy(StrEnum):
     ADAPTIVE = "adaptive"
 
 
+class CompressionScorer(StrEnum):
+    """How compression tells which old tokens matter. ``kvhybrid.cache.compress.scorers`` names the papers."""
+
+    STREAMING = "streaming"
+    KEYDIFF = "keydiff"
+    LAGKV = "lagkv"
+    KNORM = "knorm"
+    SNAPKV = "snapkv"
+    TOVA = "tova"
+
+
 class ConfigValues(TypedDict, total=False):
     """What ``KVCacheConfig`` takes, before it is validated; it explains each field."""
 
@@ -38,6 +49,9 @@ class ConfigValues(TypedDict, total=False):
     dtype: "torch.dtype | str | None"
     use_compression: bool
     compression_ratio: float
+    compression_scorer: (
+        "CompressionScorer | Literal['streaming', 'keydiff', 'lagkv', 'knorm', 'snapkv', 'tova']"
+    )
     use_quantization: bool
     quantization_bits: int
     enable_gc: bool

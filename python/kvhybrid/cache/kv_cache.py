@@ -16,6 +16,7 @@ import torch
 from kvhybrid._core import PagePool
 from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
+from kvhybrid.cache.compress.holders import Holders
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
 from kvhybrid.config import KVCacheConfig
@@ -68,6 +69,8 @@ class KVCache:
         if self.config.enable_gc:
             self._collector = Collector(self.pool, self.config.gc_threshold)
             self.storage.settled = self._collector.look
+        self.compressed = Holders()
+        self.storage.make_room = self.compressed.make_room
         self._tensors = TensorSessions(self.pool, self.storage)
         self._cleared_pages = 0
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
@@ -216,8 +219,10 @@ class KVCache:
         in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say. ``capacity_bytes`` never exceeds
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
-        Of models with layers that keep a state: ``states`` held, ``state_bytes`` within
-        ``state_capacity_bytes``, ``restored_states`` and ``evicted_states``.
+        ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
+        ``undone_compressions`` gave theirs back when others needed it. Of models with layers that keep a
+        state: ``states`` held, ``state_bytes`` within ``state_capacity_bytes``, ``restored_states`` and
+        ``evicted_states``.
         """
         counters = self.pool.statistics()
         used = counters["num_pages"] - counters["free_pages"]
@@ -238,6 +243,7 @@ class KVCache:
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,
+            **self.compressed.statistics(),
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
 

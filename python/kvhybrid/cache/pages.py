@@ -31,7 +31,8 @@ class PageStorage:
     all are on ``device``.
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
     ``buffers`` counts what readers hold beside the pages. ``settled`` is called by whoever committed pages
-    or let some go: it is a collector's, where there is one.
+    or let some go: it is a collector's, where there is one. ``make_room`` is called by whoever finds no page:
+    it says whether somebody has let go of some.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class PageStorage:
         self.num_pages = num_pages
         self.buffers = Buffers()
         self.settled: Callable[[], None] = _ignore
+        self.make_room: Callable[[], bool] = _nobody
         self._pin_memory = pin_memory
         self._non_blocking = non_blocking
         self.block_size = layout.block_size
@@ -196,6 +198,11 @@ class PageStorage:
 
 def _ignore() -> None:
     """Nobody listens."""
+
+
+def _nobody() -> bool:
+    """Nobody holds what can be let go of."""
+    return False
 
 
 class Piece(NamedTuple):

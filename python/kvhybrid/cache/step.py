@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kvhybrid.cache.pages import PageTable
-from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ class Step:
 
         Raises ``CapacityError`` when the pool has no room; nothing has changed then.
         """
-        plan = batch.plan(counts, tokens=tokens)
+        plan = _planned(storage, batch, counts, tokens)
         rows = len(batch)
         tables = np.empty((rows, max(plan.max_pages, 1)), np.int32)
         slots = np.empty(plan.num_tokens, np.int32)
@@ -211,3 +211,15 @@ class Step:
         if not self._was_abandoned:
             self._was_abandoned = True
             self._plan.abandon()
+
+
+def _planned(
+    storage: PageStorage, batch: Batch, counts: npt.NDArray[np.int32] | None, tokens: Tokens | None
+) -> Plan:
+    """Plan; while there is no room, have those let go who hold pages that nobody needs now."""
+    while True:
+        try:
+            return batch.plan(counts, tokens=tokens)
+        except CapacityError:
+            if not storage.make_room():
+                raise

@@ -72,6 +72,11 @@ class KVEngine:
     ) -> None:
         _check_count("max_queued", max_queued, 2**31 - 1)
         _check_count("prefill_tokens", prefill_tokens, 2**31 - 1)
+        if config is not None and config.use_compression:
+            raise ConfigError(
+                "use_compression=True: an engine's requests are not compressed, sessions of an attached "
+                "model are (kvhybrid.attach)"
+            )
         self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
         self.cache = KVCache.for_model(self.model, config)
         self.packing, self.packing_reason = in_own_thread(

@@ -18,6 +18,7 @@ import torch
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, LayoutError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.compression import Compression
 from kvhybrid.model.grid import GRID
 from kvhybrid.model.interface import (
     model_number,
@@ -26,6 +27,7 @@ from kvhybrid.model.interface import (
     switch_on,
 )
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
+from kvhybrid.model.observed import Observed
 from kvhybrid.model.obstacles import (
     ASKED_FOR,
     mask_of,
@@ -38,7 +40,9 @@ from kvhybrid.model.obstacles import (
 )
 from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
 from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.probe_compression import obstacle_to_compression
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
+from kvhybrid.model.session_compression import compress_turn
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.session_states import SessionStates
 from kvhybrid.model.stepping import Stepping
@@ -66,7 +70,8 @@ class Attachment:
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
         self._parameters = list(inspect.signature(model.forward).parameters)
-        self._stepping = Stepping(plain_forward(model), self._parameters)
+        plain = plain_forward(model)
+        self._stepping = Stepping(plain, self._parameters)
         self._state_layers = state_layers(model.config)
         if bool(self._state_layers) != bool(cache.layout.state_bytes):
             kept = name_layers(model.config, self._state_layers) or "no layer"
@@ -76,6 +81,11 @@ class Attachment:
             )
         self._grid = max(GRID, cache.layout.block_size) if cache.config.reproducible else 0
         self._attention = PagedAttention(cache.storage, always_gather=cache.config.reproducible)
+        self._compression = Compression(
+            cache.config,
+            sees_queries=route is Route.PAGED,
+            obstacle=functools.partial(obstacle_to_compression, model, plain, cache.layout, route),
+        )
         self._precision = precision_of(model)
         self._said: set[str] = set()
         self._passing = threading.local()
@@ -155,8 +165,10 @@ class Attachment:
             grid=self._grid,
             mixes_rows=mixes_rows(self.model),
             states=states,
+            observed=Observed(self.cache.storage.buffers) if self._compression.observes else None,
         )
-        session = PagedSession(rows, functools.partial(self.session, tenant=tenant), self.weights.fingerprint)
+        fresh = functools.partial(self.session, tenant=tenant)
+        session = PagedSession(rows, fresh, self.weights.fingerprint, self._compression)
         # Whoever holds it, it ends with the attachment: another model would read this one's pages.
         self.cache.watch(session)
         return session
@@ -165,10 +177,10 @@ class Attachment:
         """Generate as the model does, with every cached prefix of the prompt reused.
 
         Takes what ``model.generate`` takes. Without ``past_key_values`` the prompt is matched against
-        everything cached; with a session of this cache it continues that session. Other caches and
-        ``use_cache=False`` pass through untouched. So does whatever a session cannot take (embeddings,
-        images, masks with holes, dropout), with one warning for each kind; with a session it is a clear
-        error.
+        everything cached; with a session of this cache it continues that session, whose context is compressed
+        behind the answer if the configuration says so. Other caches and ``use_cache=False`` pass through
+        untouched. So does whatever a session cannot take (embeddings, images, masks with holes, dropout),
+        with one warning for each kind; with a session it is a clear error.
         """
         past = kwargs.get("past_key_values")
         is_ours = isinstance(past, PagedSession) and past.rows.cache is self.cache
@@ -205,7 +217,10 @@ class Attachment:
                 # With a grid, forward cuts every prompt, the same for everybody.
                 if isinstance(chunk, int) and chunk > 0 and not self._grid:
                     self._prefill(session, ids, mask, chunk)
-                return self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
+                output = self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
+                if is_ours and self._compression.kept < 1.0:
+                    compress_turn(session.rows, self._compression.kept, self._compression.scorer)
+                return output
             finally:
                 session.rows.release()
 

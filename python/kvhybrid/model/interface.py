@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.attention import decode
 from kvhybrid.model.masks import current_trace
+from kvhybrid.model.observed import current_observed
 from kvhybrid.model.versions import mask_function_of
 
 if TYPE_CHECKING:
@@ -158,6 +159,8 @@ def paged_attention_forward(
 
     ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, head_dim]`` and None.
     """
+    if (observed := current_observed()) is not None:
+        observed.see(module, query, scaling)
     if not isinstance(key, PageHandle):
         if sliding_window is not None and getattr(_thread, "paged", False):  # a mirror, and no mask came
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]

@@ -44,6 +44,17 @@ class Ownership:
                 self._close()
             self._lock.release()
 
+    def try_alone(self, act: Callable[[], bool]) -> bool:
+        """Act if nobody uses the session and return what came of it; waits for nobody."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self.depth or self._has_ended:
+                return False
+            return act()
+        finally:
+            self._lock.release()
+
     def close(self) -> None:
         """End now, or, while another thread owns the session, as soon as it is done. Idempotent."""
         self._is_closing = True

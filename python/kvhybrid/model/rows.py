@@ -21,12 +21,14 @@ from kvhybrid._core import Batch
 from kvhybrid.cache.pages import PageTable
 from kvhybrid.cache.step import Step
 from kvhybrid.errors import InvalidRequestError
+from kvhybrid.model.compressed import WHOLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvhybrid._core import Sequence
     from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.model.compressed import Front
     from kvhybrid.model.padding import Ids
     from kvhybrid.model.session_states import SessionStates
 
@@ -45,13 +47,27 @@ class Fed(NamedTuple):
 
 
 class Rows:
-    """The sequences of one batch. Dropping the object closes them."""
+    """The sequences of one batch. Dropping the object closes them.
 
-    def __init__(self, cache: KVCache, sequences: list[Sequence], pads: list[int], columns: int) -> None:
+    ``fronts``: what stands for each row's beginning where that was compressed. ``gap``: columns by which what
+    is stored is narrower than what is held: 0, or as many as were removed of every row, padding counted.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        sequences: list[Sequence],
+        pads: list[int],
+        columns: int,
+        fronts: list[Front] | None = None,
+        gap: int = 0,
+    ) -> None:
         self.cache = cache
         self.sequences = sequences
         self.pads = pads
         self.columns = columns
+        self.fronts = fronts if fronts is not None else [WHOLE] * len(sequences)
+        self.gap = gap
         self._batch: Batch | None = None
 
     @classmethod
@@ -94,13 +110,39 @@ class Rows:
         """The most tokens that any row still awaits."""
         return max((row.pending for row in self.sequences), default=0)
 
+    @property
+    def is_compressed(self) -> bool:
+        """True when pages hold less than the text of some row."""
+        return any(front is not WHOLE for front in self.fronts)
+
     def known(self) -> list[Text]:
         """Return every row's tokens, pending ones included."""
-        return [np.frombuffer(row.tokens(), np.uint32) for row in self.sequences]
+        texts = [np.frombuffer(row.tokens(), np.uint32) for row in self.sequences]
+        if not self.is_compressed:
+            return texts
+        return [
+            np.concatenate((front.text, text[front.stored :]))
+            for front, text in zip(self.fronts, texts, strict=True)
+        ]
 
     def held(self) -> list[Text]:
         """Return the tokens of every row that were computed."""
-        return [text[: row.length] for text, row in zip(self.known(), self.sequences, strict=True)]
+        return [
+            text[: row.length + front.removed]
+            for text, row, front in zip(self.known(), self.sequences, self.fronts, strict=True)
+        ]
+
+    def seen(self, width: int) -> npt.NDArray[np.bool_] | None:
+        """Return the mask ``[rows, columns]`` with which ``width`` new columns see just what is stored.
+
+        None when it is the text's own: what is stored lies at the end of the columns, so that what was
+        removed of a row hides as padding does.
+        """
+        if not self.is_compressed or not any(self.pads):
+            return None
+        hidden = [pad + front.removed for pad, front in zip(self.pads, self.fronts, strict=True)]
+        seen: npt.NDArray[np.bool_] = np.arange(self.columns + width) >= np.array(hidden)[:, None]
+        return seen
 
     def positions(self, width: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """Return the next ``width`` columns' positions ``[rows, width]``, and where no padding is."""
@@ -179,18 +221,27 @@ class Rows:
     def rewind(self, columns: int, known: list[Text]) -> None:
         """Go back to ``columns`` held and the tokens ``known`` then."""
         self.crop(columns)
-        for row, text in zip(self.sequences, known, strict=True):
-            row.append(text[row.length :])
+        for row, text, front in zip(self.sequences, known, self.fronts, strict=True):
+            row.append(text[row.length + front.removed :])
 
     def share_up_to(self, columns: int) -> None:
         """Let others find nothing from column ``columns`` on."""
         for row, pad in zip(self.sequences, self.pads, strict=True):
             row.share_up_to(max(columns - pad, 0))
 
+    def can_crop(self, columns: int) -> bool:
+        """Return whether ``columns`` ends behind every compressed front."""
+        return all(
+            columns - pad >= len(front.text)
+            for pad, front in zip(self.pads, self.fronts, strict=True)
+            if front is not WHOLE
+        )
+
     def crop(self, columns: int) -> None:
-        """Drop every column from ``columns`` on, and what is pending."""
-        for row, pad in zip(self.sequences, self.pads, strict=True):
-            row.truncate(max(min(columns, self.columns) - pad, 0))
+        """Drop every column from ``columns`` on, and what is pending; only where ``can_crop`` says so."""
+        assert self.can_crop(columns)
+        for row, pad, front in zip(self.sequences, self.pads, self.fronts, strict=True):
+            row.truncate(max(min(columns, self.columns) - pad, 0) - front.removed)
         self.columns = min(columns, self.columns)
 
     def select(self, rows: list[int]) -> None:
@@ -205,22 +256,28 @@ class Rows:
             if row not in used:
                 sequence.close()
         self.sequences, self.pads, self._batch = chosen, [self.pads[row] for row in rows], None
+        self.fronts = [self.fronts[row] for row in rows]
 
     def fork(self) -> Rows:
         """Return rows of their own over the same pages."""
         forks = [row.fork() for row in self.sequences]
-        return Rows(self.cache, forks, list(self.pads), self.columns)
+        return Rows(self.cache, forks, list(self.pads), self.columns, list(self.fronts), self.gap)
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies ``[rows, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding."""
+        """Return copies ``[rows, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.
+
+        Of compressed rows, ``gap`` columns fewer.
+        """
         storage = self.cache.storage
+        width = self.columns - self.gap
         keys, values = (
-            pages.new_zeros((len(self), pages.shape[1], self.columns, pages.shape[3]))
+            pages.new_zeros((len(self), pages.shape[1], width, pages.shape[3]))
             for pages in (storage.keys[layer], storage.values[layer])
         )
-        for index, (row, pad) in enumerate(zip(self.sequences, self.pads, strict=True)):
+        for index, row in enumerate(self.sequences):
             table = PageTable(torch.from_numpy(np.frombuffer(row.block_table(), np.int32).astype(np.int64)))
-            out = keys[index, :, pad : pad + row.length], values[index, :, pad : pad + row.length]
+            start = width - row.length
+            out = keys[index, :, start:], values[index, :, start:]
             storage.gather(layer, table, 0, row.length, out)
         return keys, values
 

@@ -13,7 +13,7 @@ import msgpack  # type: ignore[import-untyped]  # has neither stubs nor types
 import numpy as np
 import torch
 
-from kvhybrid.errors import CorruptPageError, InvalidRequestError, LayoutError
+from kvhybrid.errors import CorruptPageError, InvalidRequestError, LayoutError, UnsupportedError
 from kvhybrid.model.released import Released
 
 if TYPE_CHECKING:
@@ -28,12 +28,17 @@ DIGEST: Final = 32
 def export(rows: SessionRows, fingerprint: str | None, *, key: bytes = b"") -> bytes:
     """Return the session's computed text, with K and V when there is a ``fingerprint`` of the model.
 
-    Raises ``InvalidRequestError`` when its pages were evicted.
+    Raises ``InvalidRequestError`` when its pages were evicted, ``UnsupportedError`` when they are compressed.
     """
     was_released = rows.rows is None
     text = rows.text()
     layers = None
     # K and V alone do not go on from where layers keep a state, too: those are computed again.
+    if fingerprint is not None and rows.gap:
+        raise UnsupportedError(
+            f"session {rows.name!r} is compressed: its K and V are of no whole text, export(pages=False) "
+            "gives its tokens"
+        )
     if fingerprint is not None and text.columns and rows.states is None:
         try:
             tensors = [rows.materialise(layer) for layer in range(len(rows.cache.storage.keys))]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.compressed import go_on
 from kvhybrid.model.grid import Grid
 from kvhybrid.model.ownership import Ownership
 from kvhybrid.model.padding import has_padding, read_ids, read_padding
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.observed import Observed
     from kvhybrid.model.padding import Ids
     from kvhybrid.model.routes import Reader
     from kvhybrid.model.rows import Text
@@ -48,7 +50,8 @@ class SessionRows:
 
     ``grid``: forward passes end at multiples of it, and nothing computed otherwise is ever shared
     (``reproducible``); 0 for none. ``mixes_rows``: K and V of one row depend on the others' (experts).
-    ``states``: those of layers that keep one, where the model has such layers.
+    ``states``: those of layers that keep one, where the model has such layers. ``observed``: where the
+    queries of the last tokens are kept, for a compression that asks for them.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class SessionRows:
         grid: int = 0,
         mixes_rows: bool = False,
         states: SessionStates | None = None,
+        observed: Observed | None = None,
     ) -> None:
         self.cache = cache
         self.reader = reader
@@ -71,6 +75,7 @@ class SessionRows:
         self.cached: list[int] = []
         self.grid = Grid(grid)
         self.states = states
+        self.observed = observed
         self._weights = weights
         self.vocab_size = vocab_size
         self._mixes_rows = mixes_rows
@@ -91,6 +96,11 @@ class SessionRows:
         """The length that ``transformers`` sees, padding included."""
         return self.rows.columns if self.rows is not None else self._released.columns
 
+    @property
+    def gap(self) -> int:
+        """Columns by which what is stored is narrower than what is held: of a compressed context."""
+        return self.rows.gap if self.rows is not None else 0
+
     def text(self) -> Released:
         """Return what is computed of every row, pages or not."""
         if self.rows is None:
@@ -106,6 +116,8 @@ class SessionRows:
         self.owner.check_open()
         ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
+        if self.rows is not None and self.rows.is_compressed and self._weights.is_stale():
+            self._let_go()
         if mask is not None and mask.dim() == 2 and mask.shape[1] > width:
             # The text so far is left as it is, and ``begin`` appends the new tokens to it.
             if self.num_rows != batch or mask.shape[1] != self.columns + width:
@@ -115,7 +127,20 @@ class SessionRows:
                 )
             return
         pads = read_padding(mask, batch, width)
-        self._open([ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)], pads)
+        texts = [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)]
+        if self.observed is not None:
+            self.observed.forget()
+        if not self._go_on(texts, pads):
+            self._open(texts, pads)
+
+    def _go_on(self, texts: list[Text], pads: list[int]) -> bool:
+        """Continue a compressed context, if the prompt begins with it; else its text is computed again."""
+        rows = self.rows
+        if rows is None or not rows.is_compressed or go_on(rows, texts, pads) is None:
+            return False
+        self.reader.forget(0)
+        self.cached = [rows.columns - pad for pad in pads]
+        return True
 
     def _open(self, texts: list[Text], pads: list[int], *, reuse: bool = True) -> Rows:
         """Open rows in place of those held; new ones first, so that shared pages do not leave in between."""
@@ -166,7 +191,8 @@ class SessionRows:
         """
         # Inside a call of ``generate`` the weights are those that it began with.
         if self.rows is not None and self.owner.depth == 1 and self._weights.is_stale():
-            self.release()
+            self.finish(success=False)
+            self._let_go()
         released = self._released
         if self.rows is not None or not released.texts:
             return None
@@ -218,7 +244,7 @@ class SessionRows:
                 self._drop_rows()
             self._unrepeat()
             raise
-        self._start(rows.columns)
+        self._start(rows.columns - rows.gap)
 
     def _plan(self, rows: Rows, ids: Ids, mask: torch.Tensor | None) -> None:
         width = ids.shape[1]
@@ -270,6 +296,8 @@ class SessionRows:
             step.abandon()
             raise UnsupportedError(f"the forward pass left out layers that keep a state: {left_out}")
         step.commit()
+        if self.observed is not None:
+            self.observed.settle(success=True)
         self.grid.advance(rows, self._width)
         rows.columns += self._width
         if self.states is not None and self.grid.is_exact(rows.columns):
@@ -278,7 +306,9 @@ class SessionRows:
     def _forget_step(self, rows: Rows, fed: Fed) -> None:
         if fed.is_new:
             rows.take_back()
-        self.reader.forget(rows.columns)
+        if self.observed is not None:
+            self.observed.settle(success=False)
+        self.reader.forget(rows.columns - rows.gap)
         self._unrepeat()
         if self.states is not None:
             # Layers have gone on while the pass ran: their states are of no text, and computed again.
@@ -293,7 +323,9 @@ class SessionRows:
         if self.num_rows != len(known):  # its first pass repeated them
             self.select(list(range(0, self.num_rows, self.num_rows // len(known))))
         self.grid.crop(columns)
-        self.reader.forget(columns)
+        self.reader.forget(columns - self.gap)
+        if self.observed is not None:
+            self.observed.crop(self.columns - columns)
         if self.rows is None:
             self._released = self._released.crop(columns)
             return
@@ -306,9 +338,36 @@ class SessionRows:
         return None if self.rows is None else (self.rows.columns, self.rows.known())
 
     def release(self) -> None:
-        """Unpin the pages and remember the tokens: a session that nobody runs holds no page."""
+        """Unpin the pages and remember the tokens: a session that nobody runs holds no page.
+
+        But of compressed ones, which nobody else could find: it holds them until there is no room.
+        """
         self.finish(success=False)
+        if self.rows is not None and self.rows.is_compressed:
+            self.rows.take_back()
+            self.reader.forget(0)
+            self.cache.compressed.rest(self)
+            return
         self._let_go()
+
+    def replace(self, rows: Rows) -> None:
+        """Hold ``rows``, of the same text, in place of those held."""
+        old, self.rows = self.rows, rows
+        if old is not None:
+            old.close()
+        self.reader.forget(0)
+        self.cache.storage.settled()
+        self.cache.compressed.rest(self)
+
+    def let_go(self) -> bool:
+        """Give compressed pages up for others' sake, unless they are in use; the text is computed again."""
+        return self.owner.try_alone(self._give_up)
+
+    def _give_up(self) -> bool:
+        if self.rows is None or not self.rows.is_compressed:
+            return False
+        self._let_go()
+        return True
 
     def _let_go(self) -> None:
         if self.rows is not None:
@@ -332,6 +391,8 @@ class SessionRows:
     def reset(self) -> None:
         """Forget the text."""
         self.finish(success=False)
+        if self.observed is not None:
+            self.observed.forget()
         self._drop_rows()
         self._released = NOTHING
 
@@ -348,15 +409,21 @@ class SessionRows:
             if columns >= self.columns:
                 return
             self._let_go()  # a state cannot be taken back: the next pass goes on from one that was kept
+        if self.observed is not None:
+            self.observed.crop(self.columns - columns)
+        if self.rows is not None and not self.rows.can_crop(columns):
+            self._let_go()  # heads hold different tokens there: the text is computed again
         if self.rows is None:
             self._released = self._released.crop(columns)
             return
         self.rows.crop(columns)
-        self.reader.forget(columns)
+        self.reader.forget(columns - self.gap)
 
     def select(self, chosen: list[int]) -> None:
         """Keep these rows, in this order; a row taken twice is forked, not copied."""
         self._check_idle()
+        if self.observed is not None:
+            self.observed.select(chosen)
         if self.rows is None:
             self._released = self._released.select(chosen)
             return
@@ -378,16 +445,24 @@ class SessionRows:
         other.rows = self.rows.fork() if self.rows is not None else None
         if self.rows is not None and self.states is not None and other.states is not None:
             self.states.copy_to(other.states, len(self.rows))
+        if self.observed is not None and other.observed is not None:
+            self.observed.copy_to(other.observed)
         other.cached, other._released = list(self.cached), self._released
+        if other.rows is not None and other.rows.is_compressed:
+            other.cache.compressed.rest(other)
         other.grid.follow(self.grid)
         other._weights.follow(self._weights)
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.
 
-        Raises ``InvalidRequestError`` when pages were evicted while the session held none, or when it has no
-        state to go on from.
+        Of a compressed context, what is left of it. Raises ``InvalidRequestError`` when pages were evicted
+        while the session held none, or when it has no state to go on from.
         """
+        return self.take_pages().materialise(layer)
+
+    def take_pages(self) -> Rows:
+        """Return the rows with all their pages; raises as ``materialise`` does."""
         if self.reopen() is not None:
             self.stay_released()
             lost = "pages" if self.states is None else "pages or states"
@@ -396,4 +471,4 @@ class SessionRows:
             )
         if self.rows is None:
             raise InvalidRequestError(f"session {self.name!r} holds nothing yet")
-        return self.rows.materialise(layer)
+        return self.rows

@@ -12,6 +12,7 @@ import torch
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.interface import reading_pages
+from kvhybrid.model.observed import observing
 from kvhybrid.model.padding import column_of, read_ids
 from kvhybrid.model.passes import WHOLE, join, narrow, parts, widen
 
@@ -88,7 +89,7 @@ class Stepping:
         rows.begin(call["input_ids"], call.get("attention_mask"))
         try:
             self._place(rows, call)
-            with reading_pages(rows.reader.reads_pages):
+            with reading_pages(rows.reader.reads_pages), observing(rows.observed):
                 output = self._forward(**call)
         except BaseException as error:
             rows.finish(success=False)
@@ -108,6 +109,8 @@ class Stepping:
         """
         assert rows.rows is not None
         ids = call["input_ids"]
+        if (seen := rows.rows.seen(ids.shape[1])) is not None:
+            call["attention_mask"] = torch.from_numpy(seen).to(ids.device, torch.long)
         given = call.get("position_ids")
         columns = call.get("cache_position")
         if given is not None and columns is None and given.numel() == 1 and rows.rows.pads == [0]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from kvhybrid.cache.slices import whole_number
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.session_compression import compress
 from kvhybrid.model.session_export import export, import_into
 from kvhybrid.model.versions import columns_fed, columns_kept
 
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.compression import Compression
     from kvhybrid.model.session_rows import SessionRows
+    from kvhybrid.presets import CompressionScorer
 
 
 class PagedSession(Cache):
@@ -36,9 +39,16 @@ class PagedSession(Cache):
     """
 
     def __init__(
-        self, rows: SessionRows, fresh: Callable[[str], PagedSession], fingerprint: Callable[[], str]
+        self,
+        rows: SessionRows,
+        fresh: Callable[[str], PagedSession],
+        fingerprint: Callable[[], str],
+        compression: Compression,
     ) -> None:
-        """``fresh`` makes an empty session like this one, ``fingerprint`` names the model's weights."""
+        """``fresh`` makes an empty session like this one, ``fingerprint`` names the model's weights.
+
+        ``compression``: how the configuration has sessions of this model compressed.
+        """
         layers = [LayerView(rows, index) for index in range(rows.cache.layout.num_layers)]
         super().__init__(layers=layers)  # type: ignore[arg-type]  # views, not layer objects
         self.rows = rows
@@ -46,6 +56,7 @@ class PagedSession(Cache):
             rows.states.live.show_in(self.layers)
         self._fresh = fresh
         self._fingerprint = fingerprint
+        self._compression = compression
 
     def close(self) -> None:
         """Release the pages for good. Idempotent."""
@@ -94,6 +105,34 @@ class PagedSession(Cache):
             if tokens > self.rows.columns:
                 raise InvalidRequestError(f"truncate({tokens}) of a session of {self.rows.columns} tokens")
             self.rows.crop(tokens)
+
+    def compress(
+        self,
+        kept: float | None = None,
+        *,
+        removed: float | None = None,
+        scorer: CompressionScorer | str | None = None,
+    ) -> int:
+        """Keep a share ``kept`` of the tokens before the last 32, in every head and layer.
+
+        ``removed``: kvpress's ``compression_ratio``, the share that goes, in place of ``kept``. Both are
+        shares of the whole text: compressed again with the same one, a text loses what has become old since.
+        Without them, and without ``scorer``, the configuration says. The first 4 tokens and the last 32
+        always stay; tokens keep their positions, and the session its length. Shared pages are only read.
+        Returns how many tokens went, of all rows.
+
+        Between calls a compressed session keeps its pages, until there is no room for others.
+
+        Raises ``InvalidRequestError`` for shares outside (0, 1], and when pages of the text were evicted or
+        the queries that ``scorer`` asks for were not seen: run the text first; ``UnsupportedError`` for
+        models that cannot do without tokens; ``CapacityError`` without room beside the text. The session is
+        then as it was.
+        """
+        share, which = self._compression.asked(kept, removed, scorer)
+        with self._open():
+            self._compression.check(which)
+            self.rows.take_pages()
+            return compress(self.rows, share, which)
 
     def export(self, *, pages: bool = True, key: bytes = b"") -> bytes:
         """Return the session as bytes: its tokens and, with ``pages``, their K and V as they are stored.
@@ -171,8 +210,9 @@ class PagedSession(Cache):
         return self.rows.columns
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """Return ``(columns after this forward pass, 0)``."""
-        return self.rows.columns + columns_fed(query_length), 0
+        """Return ``(columns stored after this forward pass, columns of the text before them)``."""
+        gap = self.rows.gap
+        return self.rows.columns - gap + columns_fed(query_length), gap
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: no bound but the cache's budget."""
