@@ -76,7 +76,7 @@ class Step:
 
         Raises ``CapacityError`` when the pool has no room; nothing has changed then.
         """
-        plan = _planned(storage, batch, counts, tokens)
+        plan = plan_with_room(storage, batch, counts, tokens)
         rows = len(batch)
         tables = np.empty((rows, max(plan.max_pages, 1)), np.int32)
         slots = np.empty(plan.num_tokens, np.int32)
@@ -213,8 +213,11 @@ class Step:
             self._plan.abandon()
 
 
-def _planned(
-    storage: PageStorage, batch: Batch, counts: npt.NDArray[np.int32] | None, tokens: Tokens | None
+def plan_with_room(
+    storage: PageStorage,
+    batch: Batch,
+    counts: npt.NDArray[np.int32] | None = None,
+    tokens: Tokens | None = None,
 ) -> Plan:
     """Plan; while there is no room, have those let go who hold pages that nobody needs now."""
     while True:

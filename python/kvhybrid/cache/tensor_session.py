@@ -14,6 +14,7 @@ import torch
 
 from kvhybrid._core import Batch
 from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.step import plan_with_room
 
 if TYPE_CHECKING:
     from kvhybrid._core import PagePool
@@ -103,7 +104,7 @@ class TensorSession:
         placeholders = np.zeros(count, np.uint32)
         for row in self._rows:
             row.append(placeholders)
-        plan = self._batch.plan()
+        plan = plan_with_room(self._storage, self._batch)
         try:
             tables = np.empty((self.num_rows, plan.max_pages), np.int32)
             lengths = np.empty((self.num_rows, 2), np.int32)

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvhybrid.cache.compress.selection import RECENT, SINKS, kept_tokens
 from kvhybrid.cache.measured import in_evaluation, input_device
+from kvhybrid.cache.memory import is_out_of_memory
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.compression import Compression
 from kvhybrid.model.interface import switch_off, switch_on
@@ -99,7 +100,9 @@ def _try(model: PreTrainedModel, forward: Callable[..., Any], layout: KVLayout, 
         _logits(step, takes, session, ids, steps=slice(1))
         compress(session.rows, KEPT, CompressionScorer.STREAMING)
         found = _logits(step, takes, session, ids, steps=slice(1, None))
-    except Exception as error:  # noqa: BLE001  # whatever a model raises, it is the obstacle
+    except Exception as error:  # whatever a model raises, it is the obstacle
+        if is_out_of_memory(error):
+            raise
         return reason(error)
     problem = difference(found, expected, layout)
     return f"without tokens in the middle {problem}" if problem is not None else None

@@ -224,6 +224,13 @@ class Rows:
         for row, text, front in zip(self.sequences, known, self.fronts, strict=True):
             row.append(text[row.length + front.removed :])
 
+    def reconsider(self, columns: int) -> None:
+        """Have what is held from ``columns`` on computed all the same."""
+        if 0 <= columns < self.columns:
+            found = sum(row.length for row in self.sequences)
+            self.rewind(columns, self.known())
+            self.cache.give_up(found - sum(row.length for row in self.sequences))
+
     def share_up_to(self, columns: int) -> None:
         """Let others find nothing from column ``columns`` on."""
         for row, pad in zip(self.sequences, self.pads, strict=True):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 
+from kvhybrid.cache.compress.selection import RECENT
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 from kvhybrid.model.compressed import go_on
 from kvhybrid.model.grid import Grid
@@ -128,16 +129,23 @@ class SessionRows:
             return
         pads = read_padding(mask, batch, width)
         texts = [ids[row, pad:].astype(np.uint32) for row, pad in enumerate(pads)]
+        if self._go_on(texts, pads):
+            return
+        rows = self._open(texts, pads)
         if self.observed is not None:
+            # What is compressed must not depend on what was cached: so many queries are always seen.
             self.observed.forget()
-        if not self._go_on(texts, pads):
-            self._open(texts, pads)
+            rows.reconsider(width - RECENT)
+            self.cached = [row.length for row in rows.sequences]
 
     def _go_on(self, texts: list[Text], pads: list[int]) -> bool:
         """Continue a compressed context, if the prompt begins with it; else its text is computed again."""
-        rows = self.rows
-        if rows is None or not rows.is_compressed or go_on(rows, texts, pads) is None:
+        rows, columns = self.rows, self.columns
+        if rows is None or not rows.is_compressed or (chosen := go_on(rows, texts, pads)) is None:
             return False
+        if self.observed is not None:
+            self.observed.select(chosen)
+            self.observed.crop(columns - rows.columns)
         self.reader.forget(0)
         self.cached = [rows.columns - pad for pad in pads]
         return True
