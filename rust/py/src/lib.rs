@@ -4,6 +4,7 @@
 //! form cycles and dropping one gives back what it holds at once. `python/kvhybrid/_core.pyi` is the
 //! contract, docstrings included.
 
+mod attend;
 mod batch;
 mod buffers;
 mod codec;
@@ -12,6 +13,7 @@ mod plan;
 mod pool;
 mod replay;
 mod sequence;
+mod team;
 mod token_buffer;
 
 use pyo3::prelude::*;
@@ -20,6 +22,8 @@ use pyo3::prelude::*;
 mod _core {
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
+    #[pymodule_export]
+    use crate::attend::{PageKernel, StepRows};
     #[pymodule_export]
     use crate::batch::Batch;
     #[pymodule_export]

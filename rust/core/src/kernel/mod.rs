@@ -14,3 +14,4 @@ pub mod isa;
 mod lanes;
 pub mod quant;
 pub mod team;
+pub mod threads;

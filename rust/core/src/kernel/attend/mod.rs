@@ -5,6 +5,7 @@
 //! them (Hydragen; Juravsky et al. 2024). Quantized pages are never written out: the scales of keys go
 //! into the query, those of values into the weights.
 
+mod append;
 mod exp;
 mod item;
 mod layer;
@@ -15,6 +16,7 @@ mod scores;
 
 use std::cell::RefCell;
 
+pub use append::{New, append};
 use exp::exp;
 use item::{Item, Scratch};
 pub use layer::{Answer, Bits, Cold, Layer, Query, Scoring};
