@@ -4,6 +4,7 @@
 //! once for up to four queries.
 
 use super::loads::Load;
+use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
 /// Where weights come from and sums go: `rows` of each, `stride` and `width` numbers apart.
@@ -87,22 +88,25 @@ unsafe fn columns<A: Arith, L: Load, const R: usize, const W: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let place = |r: usize, w: usize| mix.sums.add(r * mix.width + d + w * A::LANES);
-        let mut sums: [[A::V; W]; R] = std::array::from_fn(|r| std::array::from_fn(|w| A::load_f32(place(r, w))));
+        let mut to = [mix.sums; R];
+        let mut weights = [mix.weights; R];
+        let mut sums = [[A::splat(0.0); W]; R];
+        each!(r < R, {
+            to[r] = mix.sums.add(r * mix.width + d);
+            weights[r] = mix.weights.add(r * mix.stride);
+            each!(w < W, { sums[r][w] = A::load_f32(to[r].add(w * A::LANES)) });
+        });
+        let mut value = values.add(d);
         for t in 0..tokens {
-            let v: [A::V; W] = std::array::from_fn(|w| L::vector::<A>(values.add(t * dim + d + w * A::LANES)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let weight = A::splat(*mix.weights.add(r * mix.stride + t));
-                for w in 0..W {
-                    sums[w] = A::fma(v[w], weight, sums[w]);
-                }
-            }
+            let mut v = [A::splat(0.0); W];
+            each!(w < W, { v[w] = L::vector::<A>(value.add(w * A::LANES)) });
+            each!(r < R, {
+                let weight = A::splat(*weights[r].add(t));
+                each!(w < W, { sums[r][w] = A::fma(v[w], weight, sums[r][w]) });
+            });
+            value = value.wrapping_add(dim);
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (w, sum) in sums.into_iter().enumerate() {
-                A::store(place(r, w), sum);
-            }
-        }
+        each!(r < R, { each!(w < W, { A::store(to[r].add(w * A::LANES), sums[r][w]) }) });
     }
 }
 
@@ -115,6 +119,10 @@ pub(super) unsafe fn fours<A: Arith>(mix: Mix, codes: *const u8, tokens: usize, 
     let mut mix = mix;
     // SAFETY: each call stays within the rows that are left.
     unsafe {
+        while A::LANES == 16 && mix.rows >= 4 {
+            fours_rows::<A, 4>(mix, codes, tokens, dim);
+            mix = mix.below(4);
+        }
         while mix.rows >= 2 {
             fours_rows::<A, 2>(mix, codes, tokens, dim);
             mix = mix.below(2);
@@ -163,24 +171,36 @@ unsafe fn nibbles<A: Arith, const R: usize, const W: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let place = |r: usize, w: usize| mix.sums.add(r * mix.width + j + w * A::LANES);
-        let mut sums: [[(A::V, A::V); W]; R] = std::array::from_fn(|r| {
-            std::array::from_fn(|w| (A::load_f32(place(r, w)), A::load_f32(place(r, w).add(half))))
+        let mut to = [mix.sums; R];
+        let mut weights = [mix.weights; R];
+        let mut low = [[A::splat(0.0); W]; R];
+        let mut high = low;
+        each!(r < R, {
+            to[r] = mix.sums.add(r * mix.width + j);
+            weights[r] = mix.weights.add(r * mix.stride);
+            each!(w < W, {
+                low[r][w] = A::load_f32(to[r].add(w * A::LANES));
+                high[r][w] = A::load_f32(to[r].add(half + w * A::LANES));
+            });
         });
+        let mut code = codes.add(j);
         for t in 0..tokens {
-            let v: [(A::V, A::V); W] = std::array::from_fn(|w| A::load_u4(codes.add(t * half + j + w * A::LANES)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let weight = A::splat(*mix.weights.add(r * mix.stride + t));
-                for w in 0..W {
-                    sums[w] = (A::fma(v[w].0, weight, sums[w].0), A::fma(v[w].1, weight, sums[w].1));
-                }
-            }
+            let mut v = [(A::splat(0.0), A::splat(0.0)); W];
+            each!(w < W, { v[w] = A::load_u4(code.add(w * A::LANES)) });
+            each!(r < R, {
+                let weight = A::splat(*weights[r].add(t));
+                each!(w < W, {
+                    low[r][w] = A::fma(v[w].0, weight, low[r][w]);
+                    high[r][w] = A::fma(v[w].1, weight, high[r][w]);
+                });
+            });
+            code = code.wrapping_add(half);
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (w, (low, high)) in sums.into_iter().enumerate() {
-                A::store(place(r, w), low);
-                A::store(place(r, w).add(half), high);
-            }
-        }
+        each!(r < R, {
+            each!(w < W, {
+                A::store(to[r].add(w * A::LANES), low[r][w]);
+                A::store(to[r].add(half + w * A::LANES), high[r][w]);
+            });
+        });
     }
 }

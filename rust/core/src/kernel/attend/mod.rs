@@ -13,6 +13,7 @@ mod loads;
 mod mix;
 mod rows;
 mod scores;
+mod unroll;
 
 use std::cell::RefCell;
 

@@ -4,6 +4,7 @@
 //! four sums are taken at once.
 
 use super::loads::Load;
+use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
 /// Where scores go and queries come from: `rows` of each, `stride` and `width` numbers apart.
@@ -17,6 +18,15 @@ pub(super) struct Tile {
 }
 
 impl Tile {
+    /// The first `R` queries.
+    #[inline(always)]
+    fn each_query<const R: usize>(self) -> [*const f32; R] {
+        let mut queries = [self.queries; R];
+        // SAFETY: the caller has that many rows left.
+        each!(r < R, { queries[r] = unsafe { self.queries.add(r * self.width) } });
+        queries
+    }
+
     #[inline(always)]
     fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
@@ -51,33 +61,32 @@ pub(super) unsafe fn full<A: Arith, L: Load>(tile: Tile, keys: *const L::Raw, to
 #[inline(always)]
 unsafe fn full_rows<A: Arith, L: Load, const R: usize>(tile: Tile, keys: *const L::Raw, tokens: usize, dim: usize) {
     let whole = dim - dim % A::LANES;
+    let queries = tile.each_query::<R>();
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens` and `d + LANES <= whole <= dim` within the loops; the caller's otherwise.
     unsafe {
         while token + 4 <= tokens {
-            let key: [*const L::Raw; 4] = std::array::from_fn(|t| keys.add((token + t) * dim));
+            let key = keys.add(token * dim);
+            let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < whole {
-                let k: [A::V; 4] = std::array::from_fn(|t| L::vector::<A>(key[t].add(d)));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let q = A::load_f32(tile.queries.add(r * tile.width + d));
-                    for t in 0..4 {
-                        sums[t] = A::fma(k[t], q, sums[t]);
-                    }
-                }
+                let mut k = [A::splat(0.0); 4];
+                each!(t < 4, { k[t] = L::vector::<A>(key[t].add(d)) });
+                each!(r < R, {
+                    let q = A::load_f32(queries[r].add(d));
+                    each!(t < 4, { sums[r][t] = A::fma(k[t], q, sums[r][t]) });
+                });
                 d += A::LANES;
             }
-            for (r, sums) in sums.into_iter().enumerate() {
-                let mut found = A::sums(sums);
+            each!(r < R, {
+                let mut found = A::sums(sums[r]);
                 for d in whole..dim {
-                    let q = *tile.queries.add(r * tile.width + d);
-                    for t in 0..4 {
-                        found[t] = A::mul_add(L::one(*key[t].add(d)), q, found[t]);
-                    }
+                    let q = *queries[r].add(d);
+                    each!(t < 4, { found[t] = A::mul_add(L::one(*key[t].add(d)), q, found[t]) });
                 }
                 tile.scores.add(r * tile.stride + token).cast::<[f32; 4]>().write_unaligned(found);
-            }
+            });
             token += 4;
         }
         while token < tokens {
@@ -137,22 +146,24 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens`, and `dim` is a multiple of the step of `d`.
     unsafe {
+        let mut query = [queries; R];
+        each!(r < R, { query[r] = queries.add(r * tile.width) });
         while token + 4 <= tokens {
-            let key: [*const u16; 4] = std::array::from_fn(|t| keys.add((token + t) * dim));
+            let key = keys.add(token * dim);
+            let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < dim {
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let query = queries.add(r * tile.width + d);
-                    for t in 0..4 {
-                        sums[t] = A::dot_bf16(sums[t], key[t].add(d), query);
-                    }
-                }
+                each!(r < R, {
+                    let query = query[r].add(d);
+                    each!(t < 4, { sums[r][t] = A::dot_bf16(sums[r][t], key[t].add(d), query) });
+                });
                 d += 2 * A::LANES;
             }
-            for (r, sums) in sums.into_iter().enumerate() {
-                tile.scores.add(r * tile.stride + token).cast::<[f32; 4]>().write_unaligned(A::sums(sums));
-            }
+            each!(r < R, {
+                let found = A::sums(sums[r]);
+                tile.scores.add(r * tile.stride + token).cast::<[f32; 4]>().write_unaligned(found);
+            });
             token += 4;
         }
         while token < tokens {
@@ -191,6 +202,11 @@ pub(super) unsafe fn quantized<A: Arith>(
     let (mut tile, mut bias) = (tile, bias);
     // SAFETY: each call stays within the rows that are left.
     unsafe {
+        while A::LANES == 16 && tile.rows >= 4 {
+            quantized_rows::<A, 4>(tile, codes, block, dim, bias, four);
+            bias = bias.add(4);
+            tile = tile.below(4);
+        }
         while tile.rows >= 2 {
             quantized_rows::<A, 2>(tile, codes, block, dim, bias, four);
             bias = bias.add(2);
@@ -213,7 +229,7 @@ unsafe fn quantized_rows<A: Arith, const R: usize>(
 ) {
     let mut token = 0;
     let bytes = if four { block / 2 } else { block };
-    // Vectors of bytes at once: with two rows, eight sums in registers.
+    // Vectors of bytes at once.
     let wide = if four { 2 } else { 4 };
     // SAFETY: vectors end within `bytes`; rows as the caller's.
     unsafe {
@@ -260,21 +276,23 @@ unsafe fn eights<A: Arith, const R: usize, const W: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut sums: [[A::V; W]; R] = std::array::from_fn(|r| [A::splat(*bias.add(r)); W]);
+        let mut sums = [[A::splat(0.0); W]; R];
+        each!(r < R, { sums[r] = [A::splat(*bias.add(r)); W] });
+        let queries = tile.each_query::<R>();
+        let mut code = codes;
         for d in 0..dim {
-            let k: [A::V; W] = std::array::from_fn(|w| A::load_u8(codes.add(d * block + w * A::LANES)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let q = A::splat(*tile.queries.add(r * tile.width + d));
-                for w in 0..W {
-                    sums[w] = A::fma(k[w], q, sums[w]);
-                }
-            }
+            let mut k = [A::splat(0.0); W];
+            each!(w < W, { k[w] = A::load_u8(code.add(w * A::LANES)) });
+            each!(r < R, {
+                let q = A::splat(*queries[r].add(d));
+                each!(w < W, { sums[r][w] = A::fma(k[w], q, sums[r][w]) });
+            });
+            code = code.wrapping_add(block);
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (w, sum) in sums.into_iter().enumerate() {
-                A::store(tile.scores.add(r * tile.stride + token + w * A::LANES), sum);
-            }
-        }
+        each!(r < R, {
+            let to = tile.scores.add(r * tile.stride + token);
+            each!(w < W, { A::store(to.add(w * A::LANES), sums[r][w]) });
+        });
     }
 }
 
@@ -289,23 +307,29 @@ unsafe fn fours<A: Arith, const R: usize, const W: usize>(
 ) {
     // SAFETY: the caller's.
     unsafe {
-        let mut sums: [[(A::V, A::V); W]; R] =
-            std::array::from_fn(|r| [(A::splat(*bias.add(r)), A::splat(*bias.add(r))); W]);
+        let mut low = [[A::splat(0.0); W]; R];
+        each!(r < R, { low[r] = [A::splat(*bias.add(r)); W] });
+        let mut high = low;
+        let queries = tile.each_query::<R>();
+        let mut code = codes;
         for d in 0..dim {
-            let k: [(A::V, A::V); W] = std::array::from_fn(|w| A::load_u4(codes.add(d * (block / 2) + w * A::LANES)));
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let q = A::splat(*tile.queries.add(r * tile.width + d));
-                for w in 0..W {
-                    sums[w] = (A::fma(k[w].0, q, sums[w].0), A::fma(k[w].1, q, sums[w].1));
-                }
-            }
+            let mut k = [(A::splat(0.0), A::splat(0.0)); W];
+            each!(w < W, { k[w] = A::load_u4(code.add(w * A::LANES)) });
+            each!(r < R, {
+                let q = A::splat(*queries[r].add(d));
+                each!(w < W, {
+                    low[r][w] = A::fma(k[w].0, q, low[r][w]);
+                    high[r][w] = A::fma(k[w].1, q, high[r][w]);
+                });
+            });
+            code = code.wrapping_add(block / 2);
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (w, (low, high)) in sums.into_iter().enumerate() {
-                let to = tile.scores.add(r * tile.stride + token + w * A::LANES);
-                A::store(to, low);
-                A::store(to.add(block / 2), high);
-            }
-        }
+        each!(r < R, {
+            let to = tile.scores.add(r * tile.stride + token);
+            each!(w < W, {
+                A::store(to.add(w * A::LANES), low[r][w]);
+                A::store(to.add(block / 2 + w * A::LANES), high[r][w]);
+            });
+        });
     }
 }

@@ -1,7 +1,8 @@
 //! AVX2 and AVX-512.
 //!
 //! Each operation is an intrinsic or two. They are unsafe to call because the instructions may be missing;
-//! `Isa::run` has looked, and nothing else makes these types run.
+//! `Isa::run` has looked, and nothing else makes these types run. No closures here: one is a function of its own,
+//! compiled without the set's instructions, and every operation in it a call.
 
 #![allow(clippy::wildcard_imports)] // forty intrinsics by name say nothing that their calls do not
 #![allow(clippy::undocumented_unsafe_blocks)] // the module's words hold for every block of it
@@ -114,6 +115,11 @@ impl Arith for Avx2 {
     }
 }
 
+#[inline(always)]
+fn halves_added(v: __m512) -> __m256 {
+    unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)) }
+}
+
 /// AVX-512 F, BW, DQ and VL: 16 lanes; `DOTS`: with dot products of bfloat16.
 #[derive(Clone, Copy)]
 pub struct Wide<const DOTS: bool>;
@@ -160,12 +166,12 @@ impl<const DOTS: bool> Arith for Wide<DOTS> {
 
     #[inline(always)]
     fn sum(v: Self::V) -> f32 {
-        unsafe { Avx2::sum(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v))) }
+        Avx2::sum(halves_added(v))
     }
 
     #[inline(always)]
     fn sums(v: [Self::V; 4]) -> [f32; 4] {
-        Avx2::sums(v.map(|v| unsafe { _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v)) }))
+        Avx2::sums([halves_added(v[0]), halves_added(v[1]), halves_added(v[2]), halves_added(v[3])])
     }
 
     #[inline(always)]
