@@ -19,10 +19,12 @@ __all__ = [
     "ClosedError",
     "KVHybridError",
     "PageCodec",
+    "PageKernel",
     "PagePool",
     "Plan",
     "Replay",
     "Sequence",
+    "StepRows",
     "TokenBuffer",
     "Trace",
     "__version__",
@@ -205,6 +207,67 @@ class PageCodec:
         page_ids: _Buffer,
     ) -> None:
         """Write the numbers of records to pages."""
+
+@final
+class StepRows:
+    """The rows of one step, as ``PageKernel`` reads them; made once a step, for all layers."""
+
+    def __new__(cls, tables: _Buffer, lengths: _Buffer, places: _Buffer, block_size: int) -> StepRows:
+        """``tables``: the page ids of every row, rows of one width behind each other. ``lengths``: for
+        each row its tokens before the step and its new ones; ``places``: the row and first column of these in
+        the query. All int32, one-dimensional. Raises ``ValueError`` where they do not fit together."""
+
+@final
+class PageKernel:
+    """Attention of a few new tokens a row over pages, on the CPU, in the best instruction set it has."""
+
+    def __new__(
+        cls,
+        layers: list[
+            tuple[
+                tuple[int, int, int],
+                int,
+                tuple[int, int, int, int],
+                tuple[tuple[int, int, int], int] | None,
+            ]
+        ],
+        *,
+        isa: str | None = None,
+    ) -> PageKernel:
+        """``layers``: for each one the addresses of full keys and values and how many pages lie there; their
+        format (0, 1, 2: float32, float16, bfloat16); heads of K, tokens a page, widths of K and of V;
+        and, where there are quantized pages, their addresses and number and the bits of a code. Whoever
+        made the tensors keeps them alive. ``isa``: one of ``available()``, the best one when None."""
+    @property
+    def isa(self) -> str: ...
+    @staticmethod
+    def available() -> list[str]:
+        """Return the instruction sets that this machine has, the best one last."""
+    def attend(
+        self,
+        layer: int,
+        rows: StepRows,
+        float_code: int,
+        heads: int,
+        query: tuple[int, int, int, int],
+        answer: tuple[int, int, int, int],
+        scale: float,
+        *,
+        window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: list[float] | None = None,
+        new: tuple[tuple[int, int, int, int], tuple[int, int, int, int]] | None = None,
+        threads: int = 1,
+        parallel: int = 0,
+    ) -> None:
+        """Attend causally and write the answer, in the query's format. The interpreter is released.
+
+        Tensors are an address and strides in numbers: from row to row, head to head, token to token.
+        ``new``: the step's own K and V in the pages' format, written into the pages first. ``heads``: query
+        heads. ``window``: a token sees itself and the ``window - 1`` before it. ``soft_cap``, ``sinks`` (one
+        a query head): as Gemma-2 and GPT-OSS define them. ``parallel``: address of ``GOMP_parallel`` in this
+        process, 0 for threads of our own.
+        """
 
 @final
 class PagePool:

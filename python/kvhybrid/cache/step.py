@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import torch
 
+from kvhybrid._core import StepRows
 from kvhybrid.cache.pages import PageTable
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 
@@ -159,9 +160,44 @@ class Step:
         return min(span.total for span in self.spans)
 
     @cached_property
+    def longest(self) -> int:
+        """Most new tokens of a row."""
+        return max((span.count for span in self.spans), default=0)
+
+    @cached_property
+    def kernel_rows(self) -> StepRows:
+        """The rows as the native kernel reads them."""
+        width = max(len(span.table.ids) for span in self.spans)
+        tables = np.zeros((len(self.spans), width), np.int32)
+        for table, span in zip(tables, self.spans, strict=True):
+            table[: len(span.table.ids)] = span.table.ids.numpy()
+        lengths = np.array([(span.past, span.count) for span in self.spans], np.int32)
+        places = np.array([(span.row, span.column) for span in self.spans], np.int32)
+        flat = (tables.reshape(-1), lengths.reshape(-1), places.reshape(-1))
+        return StepRows(*flat, self.storage.block_size)
+
+    @cached_property
     def _slot(self) -> tuple[int, int] | None:
         """The page and offset of a step of a single token, else None."""
         return divmod(int(self._slots[0]), self.storage.block_size) if len(self._slots) == 1 else None
+
+    def check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise ``LayoutError`` unless ``[batch, num_kv_heads, tokens, width]`` fits layout and step."""
+        self.storage.check(layer, key, value)
+        batch, tokens = self._reach
+        if key.shape[0] != value.shape[0] or key.shape[0] < batch or key.shape[2] < tokens:
+            raise LayoutError(
+                f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
+                f"{batch} rows of {tokens} tokens"
+            )
+
+    def has(self, layer: int) -> bool:
+        """Return True when the layer's new K and V were written."""
+        return layer in self._written
+
+    def mark_written(self, layer: int) -> None:
+        """Note that somebody else wrote the layer's new K and V."""
+        self._written.add(layer)
 
     def write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.
@@ -172,13 +208,7 @@ class Step:
         if self._slot is not None and self.storage.write_slot(layer, *self._slot, key, value):
             self._written.add(layer)
             return
-        self.storage.check(layer, key, value)
-        batch, tokens = self._reach
-        if key.shape[0] != value.shape[0] or key.shape[0] < batch or key.shape[2] < tokens:
-            raise LayoutError(
-                f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
-                f"{batch} rows of {tokens} tokens"
-            )
+        self.check(layer, key, value)
         if key.requires_grad or value.requires_grad:
             key, value = key.detach(), value.detach()
         self._written.add(layer)

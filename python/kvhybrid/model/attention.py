@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from kvhybrid.model.page_kernel import NativeAttention
+
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage, Piece
     from kvhybrid.cache.step import Span, Step
@@ -40,6 +42,9 @@ class PagedAttention:
         self.storage = storage
         self._always_gather = always_gather
         self._buffers = _Buffers()
+        is_native = not always_gather and NativeAttention.serves(storage)
+        self.native = NativeAttention(storage) if is_native else None
+        """The kernel that reads few tokens' pages, where there is one for the device."""
 
     def attend(
         self,
@@ -51,14 +56,18 @@ class PagedAttention:
         scale: float | None = None,
         window: int | None = None,
     ) -> torch.Tensor:
-        """Attend causally for every row of the step, whose K and V were written before.
+        """Attend causally for every row of the step; its K and V are written first unless that was done.
 
-        ``query`` ``[batch, heads, tokens, head_dim]``; ``key`` and ``value``: the step's own, as they were
-        written. ``window``: a token sees itself and the ``window - 1`` before it. Returns
-        ``[batch, tokens, heads, value_head_dim]`` in the query's dtype, zeros where no row lies.
+        ``query`` ``[batch, heads, tokens, head_dim]``; ``key`` and ``value``: the step's own. ``window``: a
+        token sees itself and the ``window - 1`` before it. Returns ``[batch, tokens, heads,
+        value_head_dim]`` in the query's dtype, zeros where no row lies.
         """
         batch, heads, tokens, _ = query.shape
         scale = scale if scale is not None else query.shape[-1] ** -0.5
+        if self.native is not None and self.native.takes(step, query):
+            return self.native.attend(step, layer, query, key, value, scale, window)
+        if not step.has(layer):
+            step.write(layer, key, value)
         if batch == 1 and len(step.spans) == 1 and step.num_tokens == tokens:
             rows = self._attend_row(step.spans[0], layer, query[0], key[0], value[0], scale, window)
             return rows.transpose(0, 1)[None]

@@ -73,6 +73,11 @@ def reading_pages(value: bool) -> Iterator[None]:
         _thread.paged = before
 
 
+def is_reading_pages() -> bool:
+    """Return True inside a forward pass that reads pages, in this thread."""
+    return getattr(_thread, "paged", False)
+
+
 def own_implementation(model: PreTrainedModel) -> str:
     """Return the attention implementation that the model has when nobody switched it to ours."""
     with _switch_lock:
@@ -162,7 +167,7 @@ def paged_attention_forward(
     if (observed := current_observed()) is not None:
         observed.see(module, query, scaling)
     if not isinstance(key, PageHandle):
-        if sliding_window is not None and getattr(_thread, "paged", False):  # a mirror, and no mask came
+        if sliding_window is not None and is_reading_pages():  # a mirror, and no mask came
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         if (trace := current_trace()) is not None:
             trace.attended(module, attention_mask, sliding_window)
@@ -184,7 +189,7 @@ def paged_attention_forward(
 
 def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """Return no mask for a paged step, whose rows know their own limits, and ``sdpa``'s otherwise."""
-    if getattr(_thread, "paged", False):
+    if is_reading_pages():
         return None
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     if (trace := current_trace()) is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from kvhybrid.model.interface import PageHandle
+from kvhybrid.model.interface import PageHandle, is_reading_pages
 
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
@@ -42,7 +42,7 @@ class Reader(Protocol):
     def read(
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return what the layer's attention gets in place of ``key`` and ``value``, both written before."""
+        """Write ``key`` and ``value``; return what the layer's attention gets in their place."""
 
     def reorder(self, rows: list[int]) -> None:
         """Keep what is held of these rows, in this order."""
@@ -59,7 +59,7 @@ class PagedReader:
     def __init__(self, attention: PagedAttention, *, mirrors: bool = True) -> None:
         self._attention = attention
         self._mirror = MaterialisedReader(attention.storage)
-        self._short = SHORT if mirrors else -1
+        self._short = SHORT if mirrors and attention.native is None else -1
         self._is_short = False
 
     def start(self, columns: int) -> None:
@@ -74,11 +74,16 @@ class PagedReader:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return ``key`` marked with where its past lies, and ``value``.
 
-        A mirror without padding is returned as it is: whatever attends to it sees what it should.
+        In a forward pass the native kernel writes them when it attends. A mirror without padding is
+        returned as it is: whatever attends to it sees what it should.
         """
+        native = self._attention.native
+        if native is not None and is_reading_pages() and native.writes(step, layer, key, value):
+            return PageHandle.mark(key, self._attention, step, layer), value
+        step.write(layer, key, value)
         mirror = None
         if self._is_short and key.shape[2] == 1 and len(step.spans) == key.shape[0]:
-            mirror = self._mirror.read(step, layer, key, value)
+            mirror = self._mirror.mirror(step, layer, key, value)
             if step.shortest == mirror[0].shape[2]:
                 return mirror
         return PageHandle.mark(key, self._attention, step, layer, mirror), value
@@ -115,6 +120,13 @@ class MaterialisedReader:
         self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the layer's whole K and V, ``[batch, num_kv_heads, columns, width]``, padding included."""
+        step.write(layer, key, value)
+        return self.mirror(step, layer, key, value)
+
+    def mirror(
+        self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do the same with K and V that were written before."""
         past, total = self._columns, self._columns + key.shape[2]
         keys, values = self._grown(layer, total, key, value)
         filled = self._filled.get(layer, 0)

@@ -115,7 +115,6 @@ class StepCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new K and V; return what the layer's attention is to read."""
-        self._step.write(layer_idx, key_states, value_states)
         return self._reader.read(self._step, layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

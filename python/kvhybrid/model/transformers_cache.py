@@ -158,9 +158,7 @@ class PagedSession(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new K and V; return what the layer's attention is to read."""
-        step = self._step()
-        step.write(layer_idx, key_states, value_states)
-        return self.rows.reader.read(step, layer_idx, key_states, value_states)
+        return self.rows.reader.read(self._step(), layer_idx, key_states, value_states)
 
     def _step(self) -> Step:
         if self.rows.step is None:

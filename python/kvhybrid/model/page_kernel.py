@@ -1,0 +1,142 @@
+"""The native attention kernel over one storage's pages: what it takes, and how tensors reach it.
+
+Decode steps and short suffixes on a CPU. Everything else is ``kvhybrid.model.attention``'s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from kvhybrid._core import PageKernel
+
+if TYPE_CHECKING:
+    from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.cache.step import Step
+
+# Addresses and number of full pages, format, shape; addresses and number of quantized ones, and bits.
+Layer: TypeAlias = tuple[
+    tuple[int, int, int], int, tuple[int, int, int, int], tuple[tuple[int, int, int], int] | None
+]
+# Up to this many new tokens a row; with more, torch's matmuls over a gathered past are faster.
+MOST_TOKENS = 16
+FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+@cache
+def team_address() -> int:
+    """Return the address of ``GOMP_parallel``, with which torch's own threads do our work, or 0.
+
+    Its threads spin between torch's calls, so that any others would have to fight them for the cores.
+    """
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another runtime, or a system whose symbols are not global
+        return 0
+    return ctypes.cast(parallel, ctypes.c_void_p).value or 0
+
+
+class NativeAttention:
+    """Attends over the pages of one storage on the CPU; holds addresses, and so the storage."""
+
+    def __init__(self, storage: PageStorage) -> None:
+        self.storage = storage
+
+    @staticmethod
+    def serves(storage: PageStorage) -> bool:
+        """Return True when the pages of every layer lie on a CPU, in a format that the kernel reads."""
+        pools = [storage.keys[layer] for layer in storage.layout.kept_layers]
+        return storage.dtype in FLOATS and all(pool.device.type == "cpu" for pool in pools)
+
+    @cached_property
+    def _kernel(self) -> tuple[PageKernel, dict[int, int]]:
+        """The kernel, and which of its layers each of ours is."""
+        storage = self.storage
+        layers: list[Layer] = []
+        numbers: dict[int, int] = {}
+        for layer in storage.layout.kept_layers:
+            keys, values = storage.keys[layer], storage.values[layer]
+            numbers[layer] = len(layers)
+            shape = (keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
+            pool = (keys.data_ptr(), values.data_ptr(), keys.shape[0])
+            layers.append((pool, FLOATS[storage.dtype], shape, None))
+        return PageKernel(layers), numbers
+
+    def takes(self, step: Step, query: torch.Tensor) -> bool:
+        """Return True for a step of few tokens a row, asked in a format that the kernel reads."""
+        return step.longest <= MOST_TOKENS and query.dtype in FLOATS and query.device.type == "cpu"
+
+    def writes(self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Return True when ``attend`` can write the layer's new K and V itself: one call less a layer.
+
+        Raises ``LayoutError`` when they are not the layout's.
+        """
+        if step.longest > MOST_TOKENS or key.device.type != "cpu":
+            return False
+        if key.dtype != self.storage.dtype or value.dtype != self.storage.dtype:
+            return False
+        if (key.shape, value.shape) != self._single.get(layer) or len(step.spans) != 1:
+            step.check(layer, key, value)
+        return True
+
+    @cached_property
+    def _single(self) -> dict[int, tuple[torch.Size, torch.Size]]:
+        """What a single row's single token looks like in each layer: most are, and need no further check."""
+        pools = {
+            layer: (self.storage.keys[layer], self.storage.values[layer])
+            for layer in self.storage.layout.kept_layers
+        }
+        return {
+            layer: (torch.Size((1, k.shape[1], 1, k.shape[3])), torch.Size((1, v.shape[1], 1, v.shape[3])))
+            for layer, (k, v) in pools.items()
+        }
+
+    def attend(
+        self,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend causally for every row. Writes the step's ``key`` and ``value`` first unless that was done.
+
+        ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, value_head_dim]``.
+        """
+        kernel, numbers = self._kernel
+        batch, heads, tokens, _ = query.shape
+        if query.stride(3) != 1:
+            query = query.contiguous()
+        width = self.storage.values[layer].shape[3]
+        room = torch.zeros if step.num_tokens < batch * tokens else torch.empty
+        answer = room((batch, tokens, heads, width), dtype=query.dtype)
+        new = None
+        if not step.has(layer):
+            key, value = key.contiguous(), value.contiguous()
+            new = (_strided(key), _strided(value))
+        kernel.attend(
+            numbers[layer],
+            step.kernel_rows,
+            FLOATS[query.dtype],
+            heads,
+            _strided(query),
+            (answer.data_ptr(), tokens * heads * width, width, heads * width),
+            scale,
+            window=window,
+            new=new,
+            threads=torch.get_num_threads(),
+            parallel=team_address(),
+        )
+        step.mark_written(layer)
+        return answer
+
+
+def _strided(tensor: torch.Tensor) -> tuple[int, int, int, int]:
+    """Return the address of ``[rows, heads, tokens, width]`` and the strides of all but the width."""
+    row, head, token, _ = tensor.stride()
+    return tensor.data_ptr(), row, head, token
