@@ -119,9 +119,9 @@ def test_room_that_others_give_back_meanwhile_is_found_by_the_second_try(monkeyp
         def __init__(self, pool, rows):
             self.batch = Batch(pool, rows)
 
-        def plan(self):
+        def plan(self, counts, *, tokens):
             try:
-                return self.batch.plan()
+                return self.batch.plan(counts, tokens=tokens)
             except CapacityError:
                 cache.drop_session("a")
                 raise
