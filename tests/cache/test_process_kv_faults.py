@@ -206,10 +206,10 @@ def test_a_plan_that_fails_is_abandoned(monkeypatch, where, error):
         def __init__(self, inner):
             self.inner = inner
 
-        def plan(self):
+        def plan(self, counts, *, tokens):
             if where == "plan":
                 raise error
-            return Failing(self.inner.plan())
+            return Failing(self.inner.plan(counts, tokens=tokens))
 
         def fill(self, *buffers):
             raise error
