@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 pub use super::lanes::Arith;
 use super::lanes::Portable;
+pub use super::lanes::Words;
 #[cfg(target_arch = "x86_64")]
 use super::lanes::{Avx2, Avx512, Avx512Bf16};
 
@@ -17,7 +18,7 @@ pub trait Body {
     type Out;
 
     /// Do it.
-    fn run<A: Arith>(self) -> Self::Out;
+    fn run<A: Words>(self) -> Self::Out;
 }
 
 /// An instruction set.

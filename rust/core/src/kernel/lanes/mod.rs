@@ -1,10 +1,12 @@
 //! A vector of float32, once a set of instructions: the only code that is written more than once.
 
 mod portable;
+mod words;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use portable::Portable;
+pub use words::Words;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512, Avx512Bf16};
 

@@ -1,7 +1,7 @@
 //! Whole pages to records of 8 or 4 bits and back; `format` has the bytes.
 //!
-//! Plain loops, compiled for each instruction set. Everything is computed in float32: a page of NaN, of an
-//! infinity, or of more than float16 scales is refused and stays what it was.
+//! Everything is computed in float32. A page of NaN, of an infinity, or of more than float16 scales is refused and
+//! stays what it was.
 
 #![allow(clippy::cast_precision_loss)] // codes and exponents are small
 #![allow(clippy::many_single_char_names)] // eight rows of one matrix are a to h
@@ -10,7 +10,8 @@
 mod format;
 mod keys;
 mod number;
-mod scale;
+mod outliers;
+mod scales;
 mod transpose;
 mod values;
 
@@ -20,10 +21,11 @@ mod tests;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use format::{Format, LEAST_BLOCK, Part};
-use number::{Brain, Half, Number};
+use number::{Brain, Half, Number, Rows};
 
 use super::half::Float;
-use super::isa::{Arith, Body, Isa};
+use super::isa::{Body, Isa};
+use super::lanes::Words;
 use super::team::Team;
 
 /// Full pages of one layer's keys or values, `[pages][heads][block][width]`, by strides in bytes; a token's
@@ -104,7 +106,7 @@ impl Body for Heads<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<A: Arith>(self) {
+    fn run<A: Words>(self) {
         match self.work.pages.float {
             Float::F32 => self.convert::<A, f32>(),
             Float::F16 => self.convert::<A, Half>(),
@@ -115,48 +117,53 @@ impl Body for Heads<'_> {
 
 impl Heads<'_> {
     #[inline(always)]
-    fn convert<A: Arith, N: Number>(self) {
+    fn convert<A: Words, N: Number>(self) {
+        match self.work.format.part {
+            Part::Keys => self.each::<A, N, keys::Room<N>>(),
+            Part::Values => self.each::<A, N, values::Room<N>>(),
+        }
+    }
+
+    #[inline(always)]
+    fn each<A: Words, N: Number, R: Room<N>>(self) {
         let Work { format, heads, pages, page_ids, records, record_ids } = *self.work;
         let bytes = format.bytes();
-        let (mut keys, mut values) = (keys::Room::default(), values::Room::default());
-        match format.part {
-            Part::Keys => keys = keys::Room::new(&format),
-            Part::Values => values = values::Room::new(&format),
-        }
+        let mut room = R::new::<A>(&format);
         for unit in self.first..self.last {
             let (index, head) = (unit / heads, unit % heads);
-            let [by_page, by_head, by_token] = pages.strides;
+            let [by_page, by_head, stride] = pages.strides;
             let offset = page_ids[index] as isize * by_page + head as isize * by_head;
-            // SAFETY: the caller's: the page is there.
-            let start = unsafe { pages.start.offset(offset) };
-            // SAFETY: likewise, and the record.
+            // SAFETY: the caller's: the page is there, and this unit's alone where it is written.
+            let page = Rows { start: unsafe { pages.start.offset(offset) }.cast::<N>(), stride };
+            // SAFETY: likewise.
             let record = unsafe { records.add((record_ids[index] as usize * heads + head) * bytes) };
-            let row = |token: usize| {
-                // SAFETY: likewise; a token's channels are neighbours, aligned as the first number is.
-                unsafe { start.offset(token as isize * by_token).cast::<N>() }
-            };
             if let Some(refused) = self.refused {
-                // SAFETY: nobody writes the page.
-                let row = |token| unsafe { std::slice::from_raw_parts(row(token), format.width) };
-                // SAFETY: the record is this unit's alone.
-                let record = unsafe { std::slice::from_raw_parts_mut(record, bytes) };
-                let done = match format.part {
-                    Part::Keys => keys::quantize(&format, row, record, &mut keys),
-                    Part::Values => values::quantize(&format, row, record, &mut values),
-                };
+                // SAFETY: the record is this unit's alone; the room is the format's and this instruction set's.
+                let done = unsafe { room.quantize::<A>(&format, page, std::slice::from_raw_parts_mut(record, bytes)) };
                 if !done {
                     refused[index].store(true, Ordering::Relaxed);
                 }
             } else {
-                // SAFETY: the page's head is this unit's alone, and each row is asked for once.
-                let row = |token| unsafe { std::slice::from_raw_parts_mut(row(token), format.width) };
-                // SAFETY: nobody writes the record.
-                let record = unsafe { std::slice::from_raw_parts(record, bytes) };
-                match format.part {
-                    Part::Keys => keys::dequantize::<A, N>(&format, record, row, &mut keys),
-                    Part::Values => values::dequantize::<A, N>(&format, record, row, &mut values),
-                }
+                // SAFETY: nobody writes the record; the room likewise.
+                unsafe { room.dequantize::<A>(&format, std::slice::from_raw_parts(record, bytes), page) };
             }
         }
     }
+}
+
+/// Room to work in, kept from head to head, for one format and one instruction set.
+trait Room<N: Number>: Sized {
+    fn new<A: Words>(format: &Format) -> Self;
+
+    /// Write a page's record; false when it holds what cannot be quantized.
+    ///
+    /// # Safety
+    /// The page can be read; record and room are of the format, and the room of the instruction set.
+    unsafe fn quantize<A: Words>(&mut self, format: &Format, page: Rows<N>, record: &mut [u8]) -> bool;
+
+    /// Write the numbers of a record.
+    ///
+    /// # Safety
+    /// The page can be written; record and room are of the format, and the room of the instruction set.
+    unsafe fn dequantize<A: Words>(&mut self, format: &Format, record: &[u8], page: Rows<N>);
 }

@@ -1,61 +1,91 @@
 //! A number of a full page: widened to compute with, narrowed to be stored.
 
-use crate::kernel::half::{bf16_to_f32, f16_to_f32, f32_to_f16};
+use crate::kernel::lanes::Words;
 
 /// float32, float16 or bfloat16.
-pub trait Number: Copy {
-    /// Exact.
-    fn widen(self) -> f32;
+pub trait Number: Copy + Default {
+    /// Widen `LANES` numbers; exact.
+    ///
+    /// # Safety
+    /// They can be read.
+    unsafe fn load<A: Words>(from: *const Self) -> A::V;
 
-    /// To the nearest; the number is finite, and what lies beyond the format becomes its largest.
-    fn narrow(value: f32) -> Self;
+    /// Store the nearest of `LANES` finite numbers; what lies beyond the format becomes its largest.
+    ///
+    /// # Safety
+    /// There is room for them.
+    unsafe fn store<A: Words>(to: *mut Self, v: A::V);
 }
 
 impl Number for f32 {
     #[inline(always)]
-    fn widen(self) -> f32 {
-        self
+    unsafe fn load<A: Words>(from: *const Self) -> A::V {
+        // SAFETY: the caller's.
+        unsafe { A::load_f32(from) }
     }
 
     #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        value
+    unsafe fn store<A: Words>(to: *mut Self, v: A::V) {
+        // SAFETY: the caller's.
+        unsafe { A::store(to, v) }
     }
 }
 
 /// A binary16.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(transparent)]
-pub struct Half(pub u16);
+pub struct Half(u16);
 
 impl Number for Half {
     #[inline(always)]
-    fn widen(self) -> f32 {
-        f16_to_f32(self.0)
+    unsafe fn load<A: Words>(from: *const Self) -> A::V {
+        // SAFETY: the caller's.
+        unsafe { A::load_f16(from.cast()) }
     }
 
     #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        let low = if value < -65_504.0 { -65_504.0 } else { value };
-        Self(f32_to_f16(if low > 65_504.0 { 65_504.0 } else { low }))
+    unsafe fn store<A: Words>(to: *mut Self, v: A::V) {
+        // SAFETY: the caller's.
+        unsafe { A::store_f16(to.cast(), v) }
     }
 }
 
 /// The upper half of a binary32.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 #[repr(transparent)]
-pub struct Brain(pub u16);
+pub struct Brain(u16);
 
 impl Number for Brain {
     #[inline(always)]
-    fn widen(self) -> f32 {
-        bf16_to_f32(self.0)
+    unsafe fn load<A: Words>(from: *const Self) -> A::V {
+        // SAFETY: the caller's.
+        unsafe { A::load_bf16(from.cast()) }
     }
 
     #[inline(always)]
-    fn narrow(value: f32) -> Self {
-        // What a record says is far from overflowing and never NaN.
-        let bits = value.to_bits();
-        Self((bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
+    unsafe fn store<A: Words>(to: *mut Self, v: A::V) {
+        // SAFETY: the caller's.
+        unsafe { A::store_bf16(to.cast(), v) }
+    }
+}
+
+/// The rows of one head's page: a token's numbers are neighbours.
+#[derive(Clone, Copy)]
+pub struct Rows<N> {
+    /// The first number.
+    pub start: *mut N,
+    /// Bytes from token to token.
+    pub stride: isize,
+}
+
+impl<N> Rows<N> {
+    /// The address of a token's channel.
+    ///
+    /// # Safety
+    /// It is one of the page's.
+    #[inline(always)]
+    pub unsafe fn at(&self, token: usize, channel: usize) -> *mut N {
+        // SAFETY: the caller's.
+        unsafe { self.start.byte_offset(token as isize * self.stride).add(channel) }
     }
 }

@@ -1,238 +1,353 @@
 //! Values: a token's codes over its channels, outlier channels scaled down first.
+//!
+//! A token of 4 bits has two halves, whose codes share bytes. Where the halves are not whole vectors, tokens are
+//! copied to where they are, with repetitions of their first number behind each half.
 
 use super::format::Format;
-use super::keys::{greater, lesser};
-use super::number::Number;
-use super::scale::{Scales, code, read_halves};
+use super::keys::is_finite;
+use super::number::{Number, Rows};
+use super::outliers::{find, power_of_two};
+use super::scales::{Scales, codes};
 use crate::kernel::attend::Bits;
-use crate::kernel::isa::Arith;
+use crate::kernel::lanes::Words;
 
-/// A channel this far above the median channel is an outlier.
-const OUTLIER_RATIO: f32 = 4.0;
-/// Far beyond any model, and small enough that nothing a record can say overflows float32.
-const MOST_EXPONENT: i32 = 60;
-/// Channels whose extremes are found side by side.
+/// The longest vector.
 const LANES: usize = 16;
 
 /// Room to work in, kept from head to head.
 #[derive(Default)]
-pub struct Room {
-    tile: Vec<f32>,
-    magnitudes: Vec<i32>,
-    sorted: Vec<i32>,
+pub struct Room<N> {
+    /// The page, laid out in whole vectors, where it is not.
+    page: Vec<N>,
+    /// Of the laid out channels: largest magnitudes, then powers of two.
+    channels: Vec<f32>,
+    magnitudes: Vec<f32>,
+    sorted: Vec<f32>,
     exponents: Vec<i8>,
-    powers: Vec<f32>,
+    /// Of the tokens: smallest and largest numbers, lane by lane and then folded; then minimums and factors.
     lows: Vec<f32>,
     highs: Vec<f32>,
-    other: Vec<f32>,
     scales: Scales,
 }
 
-impl Room {
-    /// Room for pages of that format.
-    pub fn new(format: &Format) -> Self {
-        let mut room = Self::default();
-        room.tile.resize(format.block * format.width, 0.0);
-        room.magnitudes.resize(format.width, 0);
-        room.exponents.resize(format.width, 0);
-        room.powers.resize(format.width, 1.0);
-        room.lows.resize(format.block * LANES, 0.0);
-        room.highs.resize(format.block * LANES, 0.0);
-        room.other.resize(format.block * LANES, 0.0);
-        room.scales.resize(format.block);
-        room
+/// How a token lies in whole vectors.
+#[derive(Clone, Copy)]
+struct Laid {
+    /// Channels of its first half, or all of them.
+    first: usize,
+    /// Channels of its second half.
+    second: usize,
+    /// Room for either.
+    half: usize,
+}
+
+impl Laid {
+    #[inline(always)]
+    fn new<A: Words>(format: &Format) -> Self {
+        let first = format.row();
+        Self { first, second: format.width - first, half: first.next_multiple_of(A::LANES) }
+    }
+
+    /// Numbers of a token.
+    #[inline(always)]
+    fn width(self) -> usize {
+        if self.second == 0 { self.half } else { 2 * self.half }
+    }
+
+    /// True when a token's own numbers lie so.
+    #[inline(always)]
+    fn is_plain(self) -> bool {
+        self.first + self.second == self.width()
     }
 }
 
-/// Write a page's record; false when it holds what cannot be quantized. `row(token)`: its numbers.
+impl<N> Room<N> {
+    /// The page that was made room for.
+    fn rows(&mut self, width: usize) -> Rows<N> {
+        Rows { start: self.page.as_mut_ptr(), stride: (width * size_of::<N>()) as isize }
+    }
+}
+
+impl<N: Number> super::Room<N> for Room<N> {
+    fn new<A: Words>(format: &Format) -> Self {
+        let laid = Laid::new::<A>(format);
+        Self {
+            page: if laid.is_plain() { Vec::new() } else { vec![N::default(); format.block * laid.width()] },
+            channels: vec![0.0; laid.width()],
+            magnitudes: vec![0.0; format.width],
+            sorted: vec![0.0; format.width],
+            exponents: vec![0; format.width],
+            lows: vec![0.0; format.block * LANES],
+            highs: vec![0.0; format.block * LANES],
+            scales: Scales::new(format.block),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn quantize<A: Words>(&mut self, format: &Format, mut page: Rows<N>, record: &mut [u8]) -> bool {
+        let laid = Laid::new::<A>(format);
+        if !laid.is_plain() {
+            let whole = self.rows(laid.width());
+            for token in 0..format.block {
+                // SAFETY: the caller's, and a token's place in the room, laid out.
+                unsafe { lay_out(page.at(token, 0), whole.at(token, 0), laid) };
+            }
+            page = whole;
+        }
+        let mut top = A::bits(A::splat(0.0));
+        for (first, channels) in self.channels.chunks_exact_mut(A::LANES).enumerate() {
+            let mut found = A::bits(A::splat(0.0));
+            for token in 0..format.block {
+                // SAFETY: as many rows, of whole vectors.
+                found = A::top(found, unsafe { N::load::<A>(page.at(token, first * A::LANES)) });
+            }
+            top = A::top(top, A::from_bits(found));
+            // SAFETY: a chunk of `LANES`.
+            unsafe { A::store(channels.as_mut_ptr(), A::from_bits(found)) };
+        }
+        if !is_finite::<A>(top) {
+            return false;
+        }
+        let (first, second) = self.magnitudes.split_at_mut(laid.first);
+        first.copy_from_slice(&self.channels[..laid.first]);
+        second.copy_from_slice(&self.channels[laid.half.min(self.channels.len())..][..laid.second]);
+        // SAFETY: the caller's.
+        let fits = unsafe {
+            if find(&self.magnitudes, &mut self.sorted, &mut self.exponents) {
+                set_powers(&mut self.channels, &self.exponents, laid, -1);
+                encode::<A, N, true>(format, laid, page, record, self)
+            } else {
+                encode::<A, N, false>(format, laid, page, record, self)
+            }
+        };
+        let (exponents, padding) = record[format.codes() + 4 * format.block..].split_at_mut(format.width);
+        for (byte, exponent) in exponents.iter_mut().zip(&self.exponents) {
+            *byte = exponent.cast_unsigned();
+        }
+        padding.fill(0);
+        fits
+    }
+
+    #[inline(always)]
+    unsafe fn dequantize<A: Words>(&mut self, format: &Format, record: &[u8], page: Rows<N>) {
+        let laid = Laid::new::<A>(format);
+        let target = if laid.is_plain() { page } else { self.rows(laid.width()) };
+        let rest = &record[format.codes()..];
+        self.scales.read(&rest[..4 * format.block]);
+        for (exponent, byte) in self.exponents.iter_mut().zip(&rest[4 * format.block..]) {
+            *exponent = byte.cast_signed();
+        }
+        for chunk in (0..format.block).step_by(A::LANES) {
+            let (scale, low) = self.scales.load::<A>(chunk);
+            let (scales, lows) = (&mut self.highs[chunk..chunk + A::LANES], &mut self.lows[chunk..chunk + A::LANES]);
+            // SAFETY: slices of `LANES`.
+            unsafe {
+                A::store(scales.as_mut_ptr(), scale);
+                A::store(lows.as_mut_ptr(), low);
+            }
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            if self.exponents.iter().any(|exponent| *exponent != 0) {
+                set_powers(&mut self.channels, &self.exponents, laid, 1);
+                decode::<A, N, true>(format, laid, record, target, self);
+            } else {
+                decode::<A, N, false>(format, laid, record, target, self);
+            }
+            if !laid.is_plain() {
+                for token in 0..format.block {
+                    let (from, to) = (target.at(token, 0), page.at(token, 0));
+                    from.copy_to_nonoverlapping(to, laid.first);
+                    if laid.second > 0 {
+                        from.add(laid.half).copy_to_nonoverlapping(to.add(laid.first), laid.second);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Copy a token to where its halves are whole vectors.
+///
+/// # Safety
+/// The token can be read, and its laid out place be written.
 #[inline(always)]
-pub fn quantize<'a, N: Number + 'a>(
+unsafe fn lay_out<N: Number>(from: *const N, to: *mut N, laid: Laid) {
+    // SAFETY: the caller's.
+    unsafe {
+        from.copy_to_nonoverlapping(to, laid.first);
+        (laid.first..laid.half).for_each(|i| to.add(i).write(*from));
+        if laid.second > 0 {
+            from.add(laid.first).copy_to_nonoverlapping(to.add(laid.half), laid.second);
+            (laid.second..laid.half).for_each(|i| to.add(laid.half + i).write(*from));
+        }
+    }
+}
+
+/// Set the laid out channels to two to the power of exponents, or to one over that; padding goes with the first.
+#[inline(always)]
+fn set_powers(channels: &mut [f32], exponents: &[i8], laid: Laid, sign: i32) {
+    let (first, second) = exponents.split_at(laid.first);
+    channels.fill(power_of_two(sign * i32::from(exponents[0])));
+    for (half, exponents) in channels.chunks_exact_mut(laid.half).zip([first, second]) {
+        for (power, exponent) in half.iter_mut().zip(exponents) {
+            *power = power_of_two(sign * i32::from(*exponent));
+        }
+    }
+}
+
+/// Write codes, scales and minimums; false when float16 cannot hold one of those.
+///
+/// # Safety
+/// As `quantize`.
+#[inline(always)]
+unsafe fn encode<A: Words, N: Number, const SCALED: bool>(
     format: &Format,
-    row: impl Fn(usize) -> &'a [N],
+    laid: Laid,
+    page: Rows<N>,
     record: &mut [u8],
-    room: &mut Room,
+    room: &mut Room<N>,
 ) -> bool {
-    let (width, block) = (format.width, format.block);
-    room.magnitudes.fill(0);
-    for (token, tile) in room.tile.chunks_exact_mut(width).enumerate() {
-        widen(&row(token)[..width], tile, &mut room.magnitudes);
-    }
-    let greatest = room.magnitudes.iter().copied().max().unwrap_or(0);
-    if greatest >= f32::INFINITY.to_bits().cast_signed() {
-        return false;
-    }
-    if find_outliers(greatest, &room.magnitudes, &mut room.sorted, &mut room.exponents) {
-        for (power, exponent) in room.powers.iter_mut().zip(&room.exponents) {
-            *power = power_of_two(-i32::from(*exponent));
+    let powers = room.channels.as_ptr();
+    let extremes = room.lows.chunks_exact_mut(A::LANES).zip(room.highs.chunks_exact_mut(A::LANES));
+    for (token, (lows, highs)) in extremes.take(format.block).enumerate() {
+        // SAFETY: as many rows and channels, of whole vectors; chunks of `LANES`.
+        unsafe {
+            let mut low = load::<A, N, SCALED>(page, powers, token, 0);
+            let mut high = low;
+            for channel in (A::LANES..laid.width()).step_by(A::LANES) {
+                let x = load::<A, N, SCALED>(page, powers, token, channel);
+                (low, high) = (A::min(low, x), A::max(high, x));
+            }
+            A::store(lows.as_mut_ptr(), low);
+            A::store(highs.as_mut_ptr(), high);
         }
-        for tile in room.tile.chunks_exact_mut(width) {
-            for (x, power) in tile.iter_mut().zip(&room.powers) {
-                *x *= power;
+    }
+    fold::<A>(&mut room.lows, format.block, A::min);
+    fold::<A>(&mut room.highs, format.block, A::max);
+    let groups = room.lows.chunks_exact_mut(A::LANES).zip(room.highs.chunks_exact_mut(A::LANES));
+    for (chunk, (lows, highs)) in groups.take(format.block / A::LANES).enumerate() {
+        // SAFETY: chunks of `LANES`.
+        unsafe {
+            let (low, high) = (A::load_f32(lows.as_ptr()), A::load_f32(highs.as_ptr()));
+            let (low, inverse) = room.scales.derive::<A>(chunk * A::LANES, low, high, format.levels());
+            A::store(lows.as_mut_ptr(), low);
+            A::store(highs.as_mut_ptr(), inverse);
+        }
+    }
+    let row = format.row();
+    for (token, (low, inverse)) in room.lows.iter().zip(&room.highs).take(format.block).enumerate() {
+        let (low, inverse) = (A::splat(*low), A::splat(*inverse));
+        // What a vector writes behind its row is written over: by the next one, and at last by scales.
+        let bytes = record[token * row..][..laid.half].as_mut_ptr();
+        for channel in (0..laid.half).step_by(A::LANES) {
+            // SAFETY: as many rows and channels, of whole vectors; the slice is that, too.
+            unsafe {
+                let x = load::<A, N, SCALED>(page, powers, token, channel);
+                let mut found = codes::<A>(x, low, inverse);
+                if laid.second > 0 {
+                    let x = load::<A, N, SCALED>(page, powers, token, laid.half + channel);
+                    found = A::merge(found, codes::<A>(x, low, inverse), 4);
+                }
+                A::store_bytes(bytes.add(channel), found);
             }
         }
     }
-    for ((tile, low), high) in
-        room.tile.chunks_exact(width).zip(room.lows.chunks_exact_mut(LANES)).zip(room.highs.chunks_exact_mut(LANES))
-    {
-        extremes(tile, low, high);
+    let (bytes, rest) = record.split_at_mut(format.codes());
+    if format.bits == Bits::Four && laid.first != laid.second {
+        bytes.iter_mut().skip(row - 1).step_by(row).for_each(|byte| *byte &= 15);
     }
-    fold(&mut room.lows, &mut room.other, lesser);
-    fold(&mut room.highs, &mut room.other, greater);
-    if !room.scales.derive(&room.lows[..block], &room.highs[..block], format.levels()) {
-        return false;
-    }
-    let (codes, rest) = record.split_at_mut(format.codes());
-    let groups = room.scales.low.iter().zip(&room.scales.inverse);
-    for ((tile, codes), (low, inverse)) in
-        room.tile.chunks_exact(width).zip(codes.chunks_exact_mut(format.row())).zip(groups)
-    {
-        if format.bits == Bits::Eight {
-            for (code_byte, x) in codes.iter_mut().zip(tile) {
-                *code_byte = code(*x, *low, *inverse) as u8;
-            }
-        } else {
-            nibbles(tile, codes, *low, *inverse);
-        }
-    }
-    let (scales, rest) = rest.split_at_mut(4 * block);
-    room.scales.write(scales);
-    let (exponents, padding) = rest.split_at_mut(width);
-    for (byte, exponent) in exponents.iter_mut().zip(&room.exponents) {
-        *byte = exponent.cast_unsigned();
-    }
-    padding.fill(0);
-    true
+    room.scales.write(&mut rest[..4 * format.block])
 }
 
-/// Widen a row and raise the channels' largest magnitudes, as bits: NaN is above infinity, and that above all.
+/// Channels of a token, outliers scaled down.
+///
+/// # Safety
+/// They can be read, and their powers.
 #[inline(always)]
-fn widen<N: Number>(row: &[N], tile: &mut [f32], magnitudes: &mut [i32]) {
-    for ((x, wide), magnitude) in row.iter().zip(tile).zip(magnitudes) {
-        *wide = x.widen();
-        *magnitude = (*magnitude).max((wide.to_bits() & 0x7fff_ffff).cast_signed());
+unsafe fn load<A: Words, N: Number, const SCALED: bool>(
+    page: Rows<N>,
+    powers: *const f32,
+    token: usize,
+    channel: usize,
+) -> A::V {
+    // SAFETY: the caller's.
+    unsafe {
+        let x = N::load::<A>(page.at(token, channel));
+        if SCALED { A::mul(x, A::load_f32(powers.add(channel))) } else { x }
     }
-}
-
-/// Find the channels' exponents; false when all are zero.
-#[inline(always)]
-fn find_outliers(greatest: i32, magnitudes: &[i32], sorted: &mut Vec<i32>, exponents: &mut [i8]) -> bool {
-    exponents.fill(0);
-    // The order of positive numbers is that of their bits. Most pages have no outlier, and counting says so:
-    // the median is at least a quarter of the greatest when so many channels are.
-    let quarter = (f32::from_bits(greatest.cast_unsigned()) / OUTLIER_RATIO).to_bits().cast_signed();
-    let middle = (magnitudes.len() - 1) / 2;
-    let above = magnitudes.iter().map(|magnitude| i32::from(*magnitude >= quarter)).sum::<i32>();
-    if above as usize >= magnitudes.len() - middle {
-        return false;
-    }
-    sorted.clear();
-    sorted.extend_from_slice(magnitudes);
-    let median = f32::from_bits(sorted.select_nth_unstable(middle).1.cast_unsigned());
-    let mut found = false;
-    for (exponent, magnitude) in exponents.iter_mut().zip(magnitudes) {
-        let ratio = f32::from_bits(magnitude.cast_unsigned()) / median;
-        if median > 0.0 && ratio > OUTLIER_RATIO {
-            *exponent = ratio.log2().round_ties_even().min(MOST_EXPONENT as f32) as i8;
-            found = true;
-        }
-    }
-    found
-}
-
-/// Two to a power between -126 and 127.
-#[inline(always)]
-fn power_of_two(exponent: i32) -> f32 {
-    f32::from_bits(((exponent + 127) as u32) << 23)
-}
-
-/// The smallest and the largest numbers of a row, in lanes.
-#[inline(always)]
-fn extremes(row: &[f32], low: &mut [f32], high: &mut [f32]) {
-    let mut lows = [f32::INFINITY; LANES];
-    let mut highs = [f32::NEG_INFINITY; LANES];
-    let (chunks, tail) = row.as_chunks::<LANES>();
-    for chunk in chunks {
-        for i in 0..LANES {
-            lows[i] = lesser(chunk[i], lows[i]);
-            highs[i] = greater(chunk[i], highs[i]);
-        }
-    }
-    for (i, x) in tail.iter().enumerate() {
-        lows[i] = lesser(*x, lows[i]);
-        highs[i] = greater(*x, highs[i]);
-    }
-    low.copy_from_slice(&lows);
-    high.copy_from_slice(&highs);
 }
 
 /// Fold `[block][LANES]` to `[block]`, at the front, neighbours first.
 #[inline(always)]
-fn fold<'a>(mut lanes: &'a mut [f32], mut other: &'a mut [f32], choose: impl Fn(f32, f32) -> f32) {
-    const { assert!(LANES == 16, "an even number of rounds ends where it began") };
-    let mut length = lanes.len();
-    for _ in 0..LANES.trailing_zeros() {
-        let pairs = lanes[..length].as_chunks::<2>().0;
-        for (one, [a, b]) in other.iter_mut().zip(pairs) {
-            *one = choose(*a, *b);
+fn fold<A: Words>(lanes: &mut [f32], block: usize, choose: impl Fn(A::V, A::V) -> A::V) {
+    let mut length = block * A::LANES;
+    assert!(length <= lanes.len() && block.is_multiple_of(A::LANES));
+    let words = lanes.as_mut_ptr().cast::<u32>();
+    while length > block {
+        length /= 2;
+        for at in (0..length).step_by(A::LANES) {
+            // SAFETY: within the slice: `2 * length` is, and a multiple of two vectors; what is written was read.
+            unsafe {
+                let pair = (A::load_words(words.add(2 * at)), A::load_words(words.add(2 * at + A::LANES)));
+                let (even, odd) = A::unzip(pair.0, pair.1);
+                A::store_words(words.add(at), A::bits(choose(A::from_bits(even), A::from_bits(odd))));
+            }
         }
-        (lanes, other, length) = (other, lanes, length / 2);
     }
 }
 
-/// Put the codes of a row into bytes, those of its second half above those of the first.
+/// Write laid out tokens.
+///
+/// # Safety
+/// As `dequantize`.
 #[inline(always)]
-fn nibbles(row: &[f32], codes: &mut [u8], low: f32, inverse: f32) {
-    let (first, second) = row.split_at(codes.len());
-    let (paired, alone) = codes.split_at_mut(second.len());
-    for ((byte, a), b) in paired.iter_mut().zip(first).zip(second) {
-        *byte = ((code(*a, low, inverse) & 15) | (code(*b, low, inverse) << 4)) as u8;
-    }
-    for (byte, a) in alone.iter_mut().zip(&first[second.len()..]) {
-        *byte = (code(*a, low, inverse) & 15) as u8;
-    }
-}
-
-/// Write the numbers of a record; `row(token)`: where they go.
-#[inline(always)]
-pub fn dequantize<'a, A: Arith, N: Number + 'a>(
+unsafe fn decode<A: Words, N: Number, const SCALED: bool>(
     format: &Format,
+    laid: Laid,
     record: &[u8],
-    mut row: impl FnMut(usize) -> &'a mut [N],
-    room: &mut Room,
+    target: Rows<N>,
+    room: &Room<N>,
 ) {
-    let (width, block) = (format.width, format.block);
-    let (codes, rest) = record.split_at(format.codes());
-    let (scale, low) = (&mut room.highs[..block], &mut room.lows[..block]);
-    read_halves(&rest[..2 * block], scale);
-    read_halves(&rest[2 * block..4 * block], low);
-    for (power, exponent) in room.powers.iter_mut().zip(&rest[4 * block..4 * block + width]) {
-        *power = power_of_two(i32::from(exponent.cast_signed()));
-    }
-    for (token, codes) in codes.chunks_exact(format.row()).enumerate() {
-        let (scale, low, out) = (scale[token], low[token], &mut row(token)[..width]);
-        if format.bits == Bits::Eight {
-            spread::<A, N>(codes, |code| code, scale, low, &room.powers, out);
-        } else {
-            let (first, second) = out.split_at_mut(codes.len());
-            let (powers, others) = room.powers.split_at(codes.len());
-            spread::<A, N>(codes, |code| code & 15, scale, low, powers, first);
-            spread::<A, N>(codes, |code| code >> 4, scale, low, others, second);
+    let powers = room.channels.as_ptr();
+    for token in 0..format.block {
+        // A vector may read behind its row, and at last from the scales.
+        let bytes = record[token * format.row()..][..laid.half].as_ptr();
+        let (scale, low) = (A::splat(room.highs[token]), A::splat(room.lows[token]));
+        for channel in (0..laid.half).step_by(A::LANES) {
+            // SAFETY: within the slice, which is whole vectors long; as many rows and channels.
+            unsafe {
+                if format.bits == Bits::Eight {
+                    let x = A::fma(A::load_u8(bytes.add(channel)), scale, low);
+                    store::<A, N, SCALED>(target, powers, token, channel, x);
+                } else {
+                    let (first, second) = A::load_u4(bytes.add(channel));
+                    store::<A, N, SCALED>(target, powers, token, channel, A::fma(first, scale, low));
+                    if laid.second > 0 {
+                        let x = A::fma(second, scale, low);
+                        store::<A, N, SCALED>(target, powers, token, laid.half + channel, x);
+                    }
+                }
+            }
         }
     }
 }
 
-/// Write one number a byte.
+/// Write channels of a token, outliers scaled up again.
+///
+/// # Safety
+/// They can be written, and their powers be read.
 #[inline(always)]
-fn spread<A: Arith, N: Number>(
-    codes: &[u8],
-    part: impl Fn(u8) -> u8,
-    scale: f32,
-    low: f32,
-    powers: &[f32],
-    out: &mut [N],
+unsafe fn store<A: Words, N: Number, const SCALED: bool>(
+    target: Rows<N>,
+    powers: *const f32,
+    token: usize,
+    channel: usize,
+    x: A::V,
 ) {
-    for ((out, byte), power) in out.iter_mut().zip(codes).zip(powers) {
-        let code = i32::from(part(*byte)) as f32;
-        *out = N::narrow(A::mul_add(code, scale, low) * power);
+    // SAFETY: the caller's.
+    unsafe {
+        let x = if SCALED { A::mul(x, A::load_f32(powers.add(channel))) } else { x };
+        N::store::<A>(target.at(token, channel), x);
     }
 }
