@@ -180,7 +180,7 @@ class PageCodec:
     head to head and token to token; a token's channels are neighbours. ``records``: address and how many,
     ``[records, heads, record_bytes]``. Ids: int32, as many of the one as of the other. The interpreter is
     released; what lies at the addresses must stay alive and be nobody else's meanwhile, and nobody can check
-    that here.
+    that here. ``threads`` of them work, on the team of ``parallel`` (see ``PageKernel.attend``).
 
     Raises ``IndexError`` for ids outside, ``ValueError`` for what does not fit or would be written twice, and
     nothing was written.
@@ -196,6 +196,9 @@ class PageCodec:
         page_ids: _Buffer,
         records: tuple[int, int],
         record_ids: _Buffer,
+        *,
+        threads: int = 1,
+        parallel: int = 0,
     ) -> list[int]:
         """Write the records of pages; return which of them, counted from 0, could not be quantized."""
     def dequantize(
@@ -205,6 +208,9 @@ class PageCodec:
         record_ids: _Buffer,
         pages: tuple[int, int, int, tuple[int, int, int]],
         page_ids: _Buffer,
+        *,
+        threads: int = 1,
+        parallel: int = 0,
     ) -> None:
         """Write the numbers of records to pages."""
 

@@ -15,6 +15,7 @@ import torch
 
 from kvhybrid._core import PageCodec
 from kvhybrid.cache import codec_torch
+from kvhybrid.cache.team import team_address
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ LEAST_BLOCK: Final = 16
 """Fewer tokens would have more scales than codes."""
 DTYPES: Final = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """What full pages may be, as the core numbers them."""
+SHARED_NUMBERS: Final = 2**17
+"""So many numbers take about 20 us to convert; fewer are not worth waking other threads."""
 NATIVE: Final[dict[tuple[Part, int], PageCodec]] = {
     ("keys", 4): PageCodec("keys", 4),
     ("keys", 8): PageCodec("keys", 8),
@@ -44,8 +47,11 @@ class Codec:
     Full pages are one layer's K or V, ``[pages, num_kv_heads, block_size, width]`` in float32, bfloat16 or
     float16, width contiguous (a view of another tensor is fine); records are uint8 ``[pages, num_kv_heads,
     bytes]``, contiguous, on the same device. Ids are int64 ``[count]`` on the CPU and index the first
-    dimension of the tensor beside them; ``None`` is ``0 .. count - 1``. Every call raises ``LayoutError``
-    for tensors that do not fit each other and ``IndexError`` for ids outside them, and nothing was written.
+    dimension of the tensor beside them; ``None`` is ``0 .. count - 1``. ``threads``: how many work on a CPU,
+    by default torch's for what is worth it; 1 in a thread that computes nothing else.
+
+    Every call raises ``LayoutError`` for tensors that do not fit each other and ``IndexError`` for ids outside
+    them, and nothing was written.
     """
 
     bits: int
@@ -68,13 +74,15 @@ class Codec:
         ids: torch.Tensor | None,
         records: torch.Tensor,
         record_ids: torch.Tensor | None,
+        *,
+        threads: int | None = None,
     ) -> torch.Tensor:
         """Write the keys ``pages[ids]`` to ``records[record_ids]``; return bool ``[count]``, on the CPU.
 
         False: the page holds NaN, infinity or more than float16 can scale. It stays what it was, and its
         record means nothing. No record may be named twice.
         """
-        return _quantize("keys", self.bits, pages, ids, records, record_ids)
+        return _quantize("keys", self.bits, pages, ids, records, record_ids, threads)
 
     def quantize_values(
         self,
@@ -82,9 +90,11 @@ class Codec:
         ids: torch.Tensor | None,
         records: torch.Tensor,
         record_ids: torch.Tensor | None,
+        *,
+        threads: int | None = None,
     ) -> torch.Tensor:
         """Write the values ``pages[ids]`` to ``records[record_ids]``, as ``quantize_keys`` does keys."""
-        return _quantize("values", self.bits, pages, ids, records, record_ids)
+        return _quantize("values", self.bits, pages, ids, records, record_ids, threads)
 
     def dequantize_keys(
         self,
@@ -92,13 +102,15 @@ class Codec:
         record_ids: torch.Tensor | None,
         out: torch.Tensor,
         out_ids: torch.Tensor | None = None,
+        *,
+        threads: int | None = None,
     ) -> None:
         """Write the keys of ``records[record_ids]`` to ``out[out_ids]``, in ``out``'s dtype.
 
         ``out`` is shaped like full pages. What float16 cannot hold becomes its largest number. No page of
         ``out`` may be named twice.
         """
-        _dequantize("keys", self.bits, records, record_ids, out, out_ids)
+        _dequantize("keys", self.bits, records, record_ids, out, out_ids, threads)
 
     def dequantize_values(
         self,
@@ -106,9 +118,11 @@ class Codec:
         record_ids: torch.Tensor | None,
         out: torch.Tensor,
         out_ids: torch.Tensor | None = None,
+        *,
+        threads: int | None = None,
     ) -> None:
         """Write the values of ``records[record_ids]`` to ``out[out_ids]``, as ``dequantize_keys`` does."""
-        _dequantize("values", self.bits, records, record_ids, out, out_ids)
+        _dequantize("values", self.bits, records, record_ids, out, out_ids, threads)
 
 
 def _quantize(
@@ -118,6 +132,7 @@ def _quantize(
     ids: torch.Tensor | None,
     records: torch.Tensor,
     record_ids: torch.Tensor | None,
+    threads: int | None,
 ) -> torch.Tensor:
     _check_tensors(part, bits, pages, records)
     ids, record_ids = _check_ids(pages, ids, records, record_ids)
@@ -127,7 +142,13 @@ def _quantize(
     if pages.device.type != "cpu":
         return codec_torch.quantize(part, bits, pages, ids, records, record_ids)
     refused = NATIVE[part, bits].quantize(
-        _shape(pages), _place(pages), _numbers(ids), (records.data_ptr(), len(records)), _numbers(record_ids)
+        _shape(pages),
+        _place(pages),
+        _numbers(ids),
+        (records.data_ptr(), len(records)),
+        _numbers(record_ids),
+        threads=_threads(pages, ids, threads),
+        parallel=team_address(),
     )
     accepted = torch.ones(len(ids), dtype=torch.bool)
     accepted[refused] = False
@@ -141,6 +162,7 @@ def _dequantize(
     record_ids: torch.Tensor | None,
     out: torch.Tensor,
     out_ids: torch.Tensor | None,
+    threads: int | None,
 ) -> None:
     _check_tensors(part, bits, out, records)
     record_ids, out_ids = _check_ids(records, record_ids, out, out_ids)
@@ -153,8 +175,20 @@ def _dequantize(
         codec_torch.dequantize(part, bits, records, record_ids, out, out_ids)
         return
     NATIVE[part, bits].dequantize(
-        _shape(out), (records.data_ptr(), len(records)), _numbers(record_ids), _place(out), _numbers(out_ids)
+        _shape(out),
+        (records.data_ptr(), len(records)),
+        _numbers(record_ids),
+        _place(out),
+        _numbers(out_ids),
+        threads=_threads(out, out_ids, threads),
+        parallel=team_address(),
     )
+
+
+def _threads(pages: torch.Tensor, ids: torch.Tensor, asked: int | None) -> int:
+    if asked is not None:
+        return max(1, asked)
+    return torch.get_num_threads() if len(ids) * pages[0].numel() >= SHARED_NUMBERS else 1
 
 
 def _shape(pages: torch.Tensor) -> tuple[int, int, int]:

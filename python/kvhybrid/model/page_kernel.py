@@ -5,13 +5,13 @@ Decode steps and short suffixes on a CPU. Everything else is ``kvhybrid.model.at
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from kvhybrid._core import PageKernel
+from kvhybrid.cache.team import team_address
 
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
@@ -24,19 +24,6 @@ Layer: TypeAlias = tuple[
 # Up to this many new tokens a row; with more, torch's matmuls over a gathered past are faster.
 MOST_TOKENS = 16
 FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-@cache
-def team_address() -> int:
-    """Return the address of ``GOMP_parallel``, with which torch's own threads do our work, or 0.
-
-    Its threads spin between torch's calls, so that any others would have to fight them for the cores.
-    """
-    try:
-        parallel = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):  # another runtime, or a system whose symbols are not global
-        return 0
-    return ctypes.cast(parallel, ctypes.c_void_p).value or 0
 
 
 class NativeAttention:

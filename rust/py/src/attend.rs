@@ -62,7 +62,8 @@ pub struct PageKernel {
     isa: Isa,
 }
 
-fn float(code: u8) -> PyResult<Float> {
+/// A format by its number.
+pub fn float(code: u8) -> PyResult<Float> {
     match code {
         0 => Ok(Float::F32),
         1 => Ok(Float::F16),

@@ -1,14 +1,14 @@
 //! `PageCodec`: whole pages that lie in tensors, by address, to records of 8 or 4 bits and back.
 
 use kvhybrid_core::kernel::attend::Bits;
-use kvhybrid_core::kernel::half::Float;
 use kvhybrid_core::kernel::isa::Isa;
 use kvhybrid_core::kernel::quant::{Format, Pages, Part, Work, dequantize, quantize};
-use kvhybrid_core::kernel::team::Alone;
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 
+use crate::attend::float;
 use crate::buffers::with_int32;
+use crate::team::with_team;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct PageCodec {
@@ -56,7 +56,8 @@ impl PageCodec {
         Ok(self.format(block_size, width)?.bytes())
     }
 
-    #[allow(clippy::needless_pass_by_value)] // as extracted
+    #[allow(clippy::too_many_arguments)] // one call for many pages: what it needs, as numbers
+    #[pyo3(signature = (shape, pages, page_ids, records, record_ids, *, threads = 1, parallel = 0))]
     fn quantize(
         &self,
         py: Python<'_>,
@@ -65,16 +66,20 @@ impl PageCodec {
         page_ids: &Bound<'_, PyAny>,
         records: (usize, usize),
         record_ids: &Bound<'_, PyAny>,
+        threads: usize,
+        parallel: usize,
     ) -> PyResult<Vec<usize>> {
         let checked = self.check(shape, pages, page_ids, records, record_ids)?;
         distinct("record", &checked.record_ids)?;
         Ok(py.detach(move || {
             // SAFETY: the caller's, who keeps pages and records alive and its own; ids were checked.
-            let refused = unsafe { quantize(&checked.work(), Isa::best(), &Alone) };
+            let refused = unsafe { with_team(threads, parallel, |team| quantize(&checked.work(), Isa::best(), team)) };
             (0..refused.len()).filter(|i| refused[*i]).collect()
         }))
     }
 
+    #[allow(clippy::too_many_arguments)] // as above
+    #[pyo3(signature = (shape, records, record_ids, pages, page_ids, *, threads = 1, parallel = 0))]
     fn dequantize(
         &self,
         py: Python<'_>,
@@ -83,12 +88,14 @@ impl PageCodec {
         record_ids: &Bound<'_, PyAny>,
         pages: PagesArgument,
         page_ids: &Bound<'_, PyAny>,
+        threads: usize,
+        parallel: usize,
     ) -> PyResult<()> {
         let checked = self.check(shape, pages, page_ids, records, record_ids)?;
         distinct("page", &checked.page_ids)?;
         py.detach(move || {
             // SAFETY: the caller's, who keeps pages and records alive and its own; ids were checked.
-            unsafe { dequantize(&checked.work(), Isa::best(), &Alone) };
+            unsafe { with_team(threads, parallel, |team| dequantize(&checked.work(), Isa::best(), team)) };
         });
         Ok(())
     }
@@ -106,17 +113,12 @@ impl PageCodec {
     fn check(
         &self,
         (heads, block, width): Shape,
-        (start, count, float, (by_page, by_head, by_token)): PagesArgument,
+        (start, count, code, (by_page, by_head, by_token)): PagesArgument,
         page_ids: &Bound<'_, PyAny>,
         (records, record_count): (usize, usize),
         record_ids: &Bound<'_, PyAny>,
     ) -> PyResult<Checked> {
-        let float = match float {
-            0 => Float::F32,
-            1 => Float::F16,
-            2 => Float::Bf16,
-            _ => return Err(PyValueError::new_err(format!("float must be 0, 1 or 2, not {float}"))),
-        };
+        let float = float(code)?;
         if !start.is_multiple_of(float.size()) {
             return Err(PyValueError::new_err("pages must be aligned to their numbers"));
         }
