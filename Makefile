@@ -30,7 +30,7 @@ CARGO := PYO3_PYTHON=$(CURDIR)/$(BIN)/python cargo
 # what the examples' clients depend on in turn asks for a newer transformers than the package does.
 DEPENDENCY_GROUPS ?= dev examples
 
-.PHONY: help env demo examples test test-rust test-python test-oldest test-transformers lint format bench build clean
+.PHONY: help env demo examples test test-rust test-python test-oldest test-transformers lint format bench cuda-kernels build clean
 
 help: ## show this menu
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -80,6 +80,9 @@ format: $(VENV)/.installed ## rewrite what lint would complain about
 
 bench: env ## every measurement of the README, in full; prints its table
 	$(BIN)/python benches/table.py
+
+cuda-kernels: env ## registers and spills of the CUDA kernels, compiled without a GPU, and docs/cuda-kernels.md
+	$(BIN)/python benches/peers/triton_build.py --markdown docs/cuda-kernels.md
 
 build: $(VENV)/.installed ## the wheel, into dist/
 	$(BIN)/maturin build --release --out dist --interpreter $(BIN)/python

@@ -272,6 +272,51 @@ class Scene:
         return worst if bool((out == marker).all()) else math.inf
 
 
+def model_error(device: torch.device) -> dict[str, float]:
+    """Return how far a model's logits are off in steps of rows that share a prefix, and who attended."""
+    from families import make_model, prompt
+
+    from kvhybrid import KVCache, KVCacheConfig
+    from kvhybrid._core import Batch
+    from kvhybrid.cache.step import Step
+    from kvhybrid.model.runner import Packing, Runner
+    from kvhybrid.model.triton.attention import TritonAttention
+
+    model = make_model("llama").to(device)
+    cache = KVCache.for_model(model, KVCacheConfig(max_tokens=1024, block_size=16, _env_file=None))
+    runner = Runner(model, cache.storage, Packing.RAGGED)
+    ours, theirs = TritonAttention(cache.storage), runner._paged._attention
+    plain, taken = theirs.attend, 0
+
+    def attend(step: Step, layer: int, query: torch.Tensor, key: Any, value: Any, *rest: Any) -> torch.Tensor:
+        nonlocal taken
+        if not ours.takes(step, query):
+            return plain(step, layer, query, key, value, *rest)
+        taken += 1
+        return ours.attend(step, layer, query, *rest)
+
+    theirs.attend = attend
+    beginning = prompt(70, seed=1)[0]
+    texts = [torch.cat([beginning, prompt(n, seed=n)[0]]) for n in (9, 12, 5)]
+    first = cache.pool.open(beginning.numpy())
+    runner.run(step := Step.plan(cache.storage, Batch(cache.pool, [first])), beginning, [9])
+    step.commit()
+    rows = [cache.pool.open(text.numpy()) for text in texts]
+    batch, worst, done = Batch(cache.pool, rows), 0.0, [64, 64, 64]
+    for count in (1, 3, 1, 2):
+        new = torch.cat([text[at : at + count] for text, at in zip(texts, done, strict=True)])
+        step = Step.plan(cache.storage, batch, np.full(3, count, np.int32))
+        found = runner.run(step, new, [0, 1, 2])
+        step.commit()
+        done = [at + count for at in done]
+        for row, (text, at) in enumerate(zip(texts, done, strict=True)):
+            with torch.no_grad():
+                expected = model(input_ids=text[None, :at].to(device)).logits[0, -1]
+            worst = max(worst, float((found[row] - expected).abs().max()))
+    runner.close()
+    return {"error": worst, "taken": taken, "layers": len(cache.layout.kept_layers)}
+
+
 def teach_bfloat16() -> None:
     """Have Triton's interpreter convert to and multiply bfloat16: it takes it for the uint16 it lies in."""
     from triton.language import bfloat16, float32
@@ -307,7 +352,7 @@ def main() -> None:
         error = scene.error(device)
         found[name] = {"error": error, "shared": scene.was_shared, "dtype": case.dtype}
         sys.stderr.write(f"{time.perf_counter() - start:.2f} s  {error:.2g}  {name}\n")
-    json.dump(found, sys.stdout)
+    json.dump(found | {"model": model_error(device)}, sys.stdout)
 
 
 if __name__ == "__main__":

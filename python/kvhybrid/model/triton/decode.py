@@ -12,8 +12,6 @@ from kvhybrid.model.triton.kernels import attend_kernel, merge_kernel
 if TYPE_CHECKING:
     from kvhybrid.model.triton.plan import DecodePlan, Works
 
-WIDEST = 256
-"""Head widths beyond this do not fit a program's registers."""
 MOST_PARTS = 64
 LEAST_TOKENS = 256
 """Tokens that a part has at least: below that the merge costs more than waiting."""

@@ -176,7 +176,7 @@ def merge_kernel(
     if token < tl.load(rows + span * row_width + 2):
         has_shared = tl.load(rows + span * row_width + 4) != 0
         first = tl.where(has_shared, 0, shared_parts)
-        of_part = all_spans.to(tl.int64) * KV_HEADS * GROUP * count
+        of_part = KV_HEADS * GROUP * count * all_spans
         at = (span * KV_HEADS * GROUP + head).to(tl.int64) * count + token
         c = tl.arange(0, VALUE_WIDE)
         top = -float("inf")
@@ -184,7 +184,7 @@ def merge_kernel(
             top = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         sink = top
         for begin in range(first, num_parts, CHUNK):
-            part = begin + tl.arange(0, CHUNK)
+            part = begin + tl.arange(0, CHUNK).to(tl.int64)
             sums = tl.load(part_sums + at + part * of_part, mask=part < num_parts, other=float("-inf"))
             top = tl.maximum(top, tl.max(sums, axis=0))
         total = 0.0
@@ -192,7 +192,7 @@ def merge_kernel(
             total = tl.exp2(sink - top)
         result = tl.zeros((VALUE_WIDE,), tl.float32)
         for begin in range(first, num_parts, CHUNK):
-            part = begin + tl.arange(0, CHUNK)
+            part = begin + tl.arange(0, CHUNK).to(tl.int64)
             sums = tl.load(part_sums + at + part * of_part, mask=part < num_parts, other=float("-inf"))
             weights = tl.exp2(sums - top)
             held = (part < num_parts)[:, None] & (c[None, :] < VALUE_DIM)
