@@ -15,8 +15,11 @@ import triton_cases
 from triton_cases import CASES, Case
 
 from kvhybrid.cache.codec import Codec
-from kvhybrid.cache.pages import PageTable
-from kvhybrid.cache.step import Span
+from kvhybrid.cache.pages import PageStorage, PageTable
+from kvhybrid.cache.step import Span, Step
+from kvhybrid.errors import LayoutError
+from kvhybrid.layout import KVLayout
+from kvhybrid.model.triton.attention import TritonAttention
 from kvhybrid.model.triton.plan import LEAST_SHARED, DecodePlan
 
 RANDOM = 30
@@ -57,6 +60,20 @@ def test_attention_over_pages_equals_exact_arithmetic(
     assert found["error"] <= LARGEST_ERROR[found["dtype"]]
     if name in CASES:
         assert found["shared"] == name.startswith("shared prefix")
+
+
+def test_pages_on_a_cpu_are_not_for_triton() -> None:
+    storage = PageStorage(KVLayout(num_layers=1, num_kv_heads=1, head_dim=8), 2)
+    assert not TritonAttention.serves(storage)
+
+
+def test_a_page_that_is_not_there_is_an_error_before_anything_is_read() -> None:
+    storage = PageStorage(KVLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=32), 2)
+    step = Step(storage, None, (span(0, 40, 1, [1, 2]),), torch.tensor([0]))
+    step.mark_written(0)
+    new = torch.zeros(1, 1, 1, 8)
+    with pytest.raises(LayoutError, match="names page 2, there are 2"):
+        TritonAttention(storage).attend(step, 0, new, new, new, 1.0)
 
 
 @needs_triton

@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from kvhybrid.model.page_kernel import NativeAttention
+from kvhybrid.model.triton.attention import TritonAttention
 
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage, Piece
@@ -42,8 +43,7 @@ class PagedAttention:
         self.storage = storage
         self._always_gather = always_gather
         self._buffers = _Buffers()
-        is_native = not always_gather and NativeAttention.serves(storage)
-        self.native = NativeAttention(storage) if is_native else None
+        self.native = None if always_gather else _kernel_for(storage)
         """The kernel that reads few tokens' pages, where there is one for the device."""
 
     def attend(
@@ -190,6 +190,12 @@ class PagedAttention:
                 known = torch.empty((room, *pool.shape[1:]), dtype=pool.dtype, device=pool.device)
             self._buffers.of[key] = self.storage.buffers.track(known)
         return known[:pages]
+
+
+def _kernel_for(storage: PageStorage) -> NativeAttention | TritonAttention | None:
+    if NativeAttention.serves(storage):
+        return NativeAttention(storage)
+    return TritonAttention(storage) if TritonAttention.serves(storage) else None
 
 
 def decode(

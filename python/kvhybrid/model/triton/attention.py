@@ -53,27 +53,33 @@ class TritonAttention:
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernels read."""
-        return query.dtype in FLOATS and all(span.count <= MOST_TOKENS for span in step.spans)
+        return step.longest <= MOST_TOKENS and query.dtype in FLOATS
+
+    def writes(self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Return False: new K and V are written by a copy, before anybody attends."""
+        return False
 
     def attend(
         self,
         step: Step,
         layer: int,
         query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
         scale: float,
         window: int | None = None,
         *,
         cap: float | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend causally for every row, whose K and V were written before.
+        """Attend causally for every row. Writes the step's ``key`` and ``value`` first unless that was done.
 
         ``query`` ``[batch, heads, tokens, head_dim]``; ``cap``, ``sinks``: see ``decode``. Returns ``[batch,
         tokens, heads, value_head_dim]`` in the query's dtype, zeros where no row lies. Raises ``LayoutError``
         for page ids that this storage does not have.
         """
-        from kvhybrid.model.triton.decode import LayerPages, decode
-
+        if not step.has(layer):
+            step.write(layer, key, value)
         batch, heads, tokens, _ = query.shape
         if query.stride(3) != 1:
             query = query.contiguous()
@@ -82,6 +88,8 @@ class TritonAttention:
         out = room((batch, tokens, heads, values.shape[3]), dtype=query.dtype, device=query.device)
         with torch.cuda.device_of(query):
             plan = self._plan(step, keys, window)
+            from kvhybrid.model.triton.decode import LayerPages, decode
+
             decode(plan, LayerPages(keys, values), query, out, scale, window=window, cap=cap, sinks=sinks)
         return out
 
