@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import torch
 
 from kvhybrid._core import PageCodec
@@ -21,7 +22,6 @@ from kvhybrid.errors import LayoutError
 if TYPE_CHECKING:
     from typing import Literal
 
-    import numpy as np
     import numpy.typing as npt
 
     Part = Literal["keys", "values"]
@@ -50,8 +50,8 @@ class Codec:
     dimension of the tensor beside them; ``None`` is ``0 .. count - 1``. ``threads``: how many work on a CPU,
     by default torch's for what is worth it; 1 in a thread that computes nothing else.
 
-    Every call raises ``LayoutError`` for tensors that do not fit each other and ``IndexError`` for ids outside
-    them, and nothing was written.
+    Every call raises ``LayoutError`` for tensors that do not fit each other and ``IndexError`` for ids
+    outside them, and nothing was written.
     """
 
     bits: int
@@ -135,23 +135,26 @@ def _quantize(
     threads: int | None,
 ) -> torch.Tensor:
     _check_tensors(part, bits, pages, records)
-    ids, record_ids = _check_ids(pages, ids, records, record_ids)
-    _check_distinct(record_ids)
-    if not len(ids):
+    count = _count(pages, ids, record_ids)
+    source, target = _numbers(pages, ids, count), _numbers(records, record_ids, count)
+    if not count:
         return torch.ones(0, dtype=torch.bool)
     if pages.device.type != "cpu":
-        return codec_torch.quantize(part, bits, pages, ids, records, record_ids)
-    refused = NATIVE[part, bits].quantize(
-        _shape(pages),
-        _place(pages),
-        _numbers(ids),
-        (records.data_ptr(), len(records)),
-        _numbers(record_ids),
-        threads=_threads(pages, ids, threads),
-        parallel=team_address(),
-    )
-    accepted = torch.ones(len(ids), dtype=torch.bool)
-    accepted[refused] = False
+        _check_distinct(target)
+        return codec_torch.quantize(part, bits, pages, _indices(source), records, _indices(target))
+    with _fitting():
+        refused = NATIVE[part, bits].quantize(
+            _shape(pages),
+            _place(pages),
+            source,
+            (records.data_ptr(), len(records)),
+            target,
+            threads=_threads(pages, count, threads),
+            parallel=team_address(),
+        )
+    accepted = torch.ones(count, dtype=torch.bool)
+    if refused:
+        accepted[refused] = False
     return accepted
 
 
@@ -165,30 +168,45 @@ def _dequantize(
     threads: int | None,
 ) -> None:
     _check_tensors(part, bits, out, records)
-    record_ids, out_ids = _check_ids(records, record_ids, out, out_ids)
-    _check_distinct(out_ids)
-    if 0 in (stride for stride, size in zip(out.stride(), out.shape, strict=True) if size > 1):
+    count = _count(records, record_ids, out_ids)
+    source, target = _numbers(records, record_ids, count), _numbers(out, out_ids, count)
+    if 0 in out.stride() and 0 in (
+        step for step, size in zip(out.stride(), out.shape, strict=True) if size > 1
+    ):
         raise LayoutError("numbers cannot be written where several of them share a place")
-    if not len(out_ids):
+    if not count:
         return
     if out.device.type != "cpu":
-        codec_torch.dequantize(part, bits, records, record_ids, out, out_ids)
+        _check_distinct(target)
+        codec_torch.dequantize(part, bits, records, _indices(source), out, _indices(target))
         return
-    NATIVE[part, bits].dequantize(
-        _shape(out),
-        (records.data_ptr(), len(records)),
-        _numbers(record_ids),
-        _place(out),
-        _numbers(out_ids),
-        threads=_threads(out, out_ids, threads),
-        parallel=team_address(),
-    )
+    with _fitting():
+        NATIVE[part, bits].dequantize(
+            _shape(out),
+            (records.data_ptr(), len(records)),
+            source,
+            _place(out),
+            target,
+            threads=_threads(out, count, threads),
+            parallel=team_address(),
+        )
 
 
-def _threads(pages: torch.Tensor, ids: torch.Tensor, asked: int | None) -> int:
+class _fitting:  # noqa: N801  # reads as a statement
+    """Say what the core refuses in our own words: once checked here, that is a page written twice."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ValueError):
+            raise LayoutError(str(error)) from error
+
+
+def _threads(pages: torch.Tensor, count: int, asked: int | None) -> int:
     if asked is not None:
         return max(1, asked)
-    return torch.get_num_threads() if len(ids) * pages[0].numel() >= SHARED_NUMBERS else 1
+    return torch.get_num_threads() if count * pages[0].numel() >= SHARED_NUMBERS else 1
 
 
 def _shape(pages: torch.Tensor) -> tuple[int, int, int]:
@@ -199,11 +217,6 @@ def _shape(pages: torch.Tensor) -> tuple[int, int, int]:
 def _place(pages: torch.Tensor) -> tuple[int, int, int, tuple[int, int, int]]:
     by_page, by_head, by_token, _ = (stride * pages.itemsize for stride in pages.stride())
     return pages.data_ptr(), len(pages), DTYPES[pages.dtype], (by_page, by_head, by_token)
-
-
-def _numbers(ids: torch.Tensor) -> npt.NDArray[np.int32]:
-    found: npt.NDArray[np.int32] = ids.to(torch.int32).numpy()
-    return found
 
 
 def _record_bytes(part: Part, bits: int, width: int, block_size: int) -> int:
@@ -240,32 +253,32 @@ def _check_tensors(part: Part, bits: int, pages: torch.Tensor, records: torch.Te
         raise LayoutError("records must be contiguous")
 
 
-def _check_ids(
-    source: torch.Tensor,
-    source_ids: torch.Tensor | None,
-    target: torch.Tensor,
-    target_ids: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return both lists of ids, written out, once they fit each other and their tensors."""
-    count = next((len(ids) for ids in (source_ids, target_ids) if ids is not None), len(source))
-    found = []
-    for tensor, ids in ((source, source_ids), (target, target_ids)):
-        written = torch.arange(count) if ids is None else ids
-        if written.dtype != torch.int64 or written.dim() != 1 or written.device.type != "cpu":
-            raise LayoutError(
-                f"ids are int64 [count] on the CPU, not {written.dtype} {list(written.shape)} "
-                f"on {written.device}"
-            )
-        if len(written) != count:
-            raise LayoutError(f"{count} pages cannot become {len(written)}")
-        if count and not 0 <= int(written.min()) <= int(written.max()) < len(tensor):
-            raise IndexError(
-                f"ids from {int(written.min())} to {int(written.max())} are not within {len(tensor)} pages"
-            )
-        found.append(written)
-    return found[0], found[1]
+def _count(source: torch.Tensor, *lists: torch.Tensor | None) -> int:
+    return next((len(ids) for ids in lists if ids is not None), len(source))
 
 
-def _check_distinct(ids: torch.Tensor) -> None:
-    if len(ids) > 1 and len(ids.unique()) != len(ids):
+def _numbers(tensor: torch.Tensor, ids: torch.Tensor | None, count: int) -> npt.NDArray[np.int32]:
+    """Return ids written out, as many as ``count``, each one of ``tensor``'s."""
+    if ids is None:
+        if count > len(tensor):
+            raise IndexError(f"{count} pages are not within {len(tensor)}")
+        return np.arange(count, dtype=np.int32)
+    if ids.dtype != torch.int64 or ids.dim() != 1 or ids.device.type != "cpu":
+        raise LayoutError(
+            f"ids are int64 [count] on the CPU, not {ids.dtype} {list(ids.shape)} on {ids.device}"
+        )
+    if len(ids) != count:
+        raise LayoutError(f"{count} pages cannot become {len(ids)}")
+    wide = ids.numpy()
+    if count and not 0 <= wide.min() <= wide.max() < len(tensor):
+        raise IndexError(f"ids from {wide.min()} to {wide.max()} are not within {len(tensor)} pages")
+    return wide.astype(np.int32)
+
+
+def _indices(ids: npt.NDArray[np.int32]) -> torch.Tensor:
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _check_distinct(ids: npt.NDArray[np.int32]) -> None:
+    if len(np.unique(ids)) != len(ids):
         raise LayoutError("a page cannot be written twice in one call")
