@@ -1,7 +1,7 @@
 """What a change to cached K and V costs a model: perplexity behind a prefix that was changed.
 
-A text is cut into windows that share nothing. Of each, the prefix is computed once in full precision; every
-change gets a copy of what the layers kept of it, and the rest of the window is scored behind that. Knows
+Of every window of a text the prefix is computed once in full precision; every change gets a copy of what the
+layers kept of it, and the rest of the window is scored behind that. Knows
 transformers' own cache; refuses to know what a change is: a codec, a compression, somebody else's library.
 """
 
@@ -92,18 +92,17 @@ def measure_quality(
 ) -> dict[str, Quality]:
     """Return what each change costs, by its name; without one, ``"full precision"``.
 
-    ``ids``: int64 ``[tokens]``, of which windows of ``prefix + scored + 1`` are cut, at most ``windows`` of
-    them; ``tick`` is called after each batch of ``batch_size``. Every token of a window behind its prefix and
-    one more is scored.
+    ``ids``: int64 ``[tokens]``. Windows of ``prefix + scored + 1`` begin every ``scored`` tokens, at most
+    ``windows`` of them, and all that lies behind the prefix and one more token is scored: no token twice.
+    ``tick`` is called after each batch of ``batch_size``.
 
     Raises ``InvalidRequestError`` when the text has not one window, ``UnsupportedError`` for a model that
     keeps no K and V in transformers' cache.
     """
     length = prefix + scored + 1
-    whole = len(ids) // length
-    if whole == 0:
+    if len(ids) < length:
         raise InvalidRequestError(f"the text has {len(ids)} tokens, and a window takes {length}")
-    rows = ids[: whole * length].view(whole, length)[:windows]
+    rows = ids.unfold(0, length, scored)[:windows]
     nats = dict.fromkeys(("full precision", *changes), 0.0)
     divergence = dict.fromkeys(changes, 0.0)
     for batch in rows.split(batch_size):

@@ -1,0 +1,121 @@
+"""What quantized pages cost the embedded model: change of perplexity in percent, beside quanto and hqq.
+
+A prefix of 768 tokens is quantized whole, and the next 256 are scored; windows begin every 256 tokens, so
+that no token is scored twice. Once as the model is, and once with one pair of key channels of every KV head
+scaled up 20 times and the queries' down alike: the same function, with the outlier channels that larger
+models have. ``_512``: prefixes of 384 and 128 scored, the context that the model learnt; at 1,024 it is
+half lost, and whatever touches its far keys moves it more. ``_kl``: mean divergence of next tokens, nats.
+
+The text is the last tenth of the one that the model learnt the rest of (and whose checkpoint it chose).
+quanto and hqq go through transformers' layers, in groups of 64: ``quanto4`` and ``hqq4`` as transformers
+has them by default, ``quanto4_kivi`` with keys a channel.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvhybrid.model.embedded_model import load_embedded_model
+from kvhybrid.model.perplexity import Quantized, measure_quality
+from kvhybrid.report import write_report
+
+TEXT = Path(__file__).parents[1] / "data" / "tinyshakespeare.txt"
+SOURCE = "https://github.com/karpathy/char-rnn, data/tinyshakespeare/input.txt"
+OUTLIER = 20.0
+# The whole of it; a smoke test.
+WINDOWS, QUICK_WINDOWS = None, 8
+
+
+def with_outliers(model: Any) -> Any:
+    """Return a copy with one rotary pair of key channels a KV head scaled up, and queries down alike."""
+    model = copy.deepcopy(model)
+    config = model.config
+    width, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            keys = attention.k_proj.weight.view(config.num_key_value_heads, width, -1)
+            queries = attention.q_proj.weight.view(config.num_key_value_heads, groups, width, -1)
+            # Another pair for each head, in the middle frequencies.
+            for head in range(config.num_key_value_heads):
+                pair = [width // 4 + head, width // 4 + head + width // 2]
+                keys[head, pair] *= OUTLIER
+                queries[head][:, pair] /= OUTLIER
+    return model
+
+
+def theirs(kind: str, bits: int, key_axis: int, value_axis: int) -> Callable[..., Any] | None:
+    """Return what a layer of transformers' quantized cache makes of K and V."""
+    from transformers import cache_utils
+
+    try:
+        layer = getattr(cache_utils, kind)(nbits=bits, axis_key=key_axis, axis_value=value_axis)
+    except ImportError as error:
+        print(f"{kind} left out: {error}", file=sys.stderr)
+        return None
+
+    def change(key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        layer.keys, layer.device = key, key.device
+        # What their caches do with a prefix; no public method does it alone.
+        made = [
+            layer._dequantize(layer._quantize(tensor.contiguous(), axis)).view_as(tensor)  # noqa: SLF001  # above
+            for tensor, axis in ((key, key_axis), (value, value_axis))
+        ]
+        return made[0], made[1]
+
+    return change
+
+
+def changes() -> dict[str, Callable[..., Any]]:
+    found = {
+        "int8": Quantized(8),
+        "int4": Quantized(4),
+        "quanto4": theirs("QuantoQuantizedLayer", 4, 0, 0),
+        "quanto4_kivi": theirs("QuantoQuantizedLayer", 4, -1, 0),
+        "hqq8": theirs("HQQQuantizedLayer", 8, 0, 0),
+        "hqq4": theirs("HQQQuantizedLayer", 4, 0, 0),
+    }
+    return {name: change for name, change in found.items() if change is not None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few windows: a smoke test, not a measurement")
+    parser.add_argument("--json", metavar="FILE", help="write one JSON object to FILE; - is stdout")
+    parser.add_argument("--text", type=Path, default=TEXT, help=f"the plays ({SOURCE})")
+    options = parser.parse_args()
+    if not options.text.is_file():
+        print(f"skipped: no text at {options.text}; it is {SOURCE}", file=sys.stderr)
+        return
+    whole = options.text.read_text(encoding="utf-8")
+    model, tokenizer = load_embedded_model()
+    ids = torch.tensor(tokenizer.backend_tokenizer.encode(whole[int(0.9 * len(whole)) :]).ids)
+    windows = QUICK_WINDOWS if options.quick else WINDOWS
+    figures: dict[str, float] = {}
+    for suffix, subject, prefix, scored in (
+        ("", model, 768, 256),
+        ("_outlier", with_outliers(model), 768, 256),
+        ("_512", model, 384, 128),
+        ("_512_outlier", with_outliers(model), 384, 128),
+    ):
+        found = measure_quality(
+            subject, ids, changes(), prefix=prefix, scored=scored, windows=windows, batch_size=8
+        )
+        figures[f"perplexity{suffix}"] = found.pop("full precision").perplexity
+        for name, quality in found.items():
+            figures[f"{name}_ppl{suffix}"] = 100 * quality.change
+            figures[f"{name}_kl{suffix}"] = quality.divergence
+            if quality.refused_pages:
+                raise SystemExit(f"{name}: {quality.refused_pages} pages refused")
+    write_report("quality", figures, options.json)
+
+
+if __name__ == "__main__":
+    main()
