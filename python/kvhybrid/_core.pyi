@@ -280,12 +280,22 @@ class PagePool:
     """Pages of ``block_size`` tokens, the prefix tree over them, and who must leave first."""
 
     def __new__(
-        cls, num_pages: int, block_size: int, *, num_quantized: int = 0, keep_tails: bool = True
+        cls,
+        num_pages: int,
+        block_size: int,
+        *,
+        num_quantized: int = 0,
+        keep_tails: bool = True,
+        policy: str = "lru",
+        seed: int | None = None,
     ) -> PagePool:
         """``num_pages`` pages of full precision, ids from 0 on, and ``num_quantized`` behind them, which
         take whole blocks that are cold (``Plan.demotions``) when the others are short. ``keep_tails``: a
         closed sequence leaves its last, partly filled block behind, too, so that a short prompt, or what
-        follows the last full block, is found again; else full blocks only."""
+        follows the last full block, is found again; else full blocks only.
+
+        ``policy``: ``lru``, or ``adaptive``, which learns what is wanted again. It does so in a thread of its
+        own, now and then; ``seed`` chooses which blocks it samples."""
     @property
     def num_pages(self) -> int:
         """Pages of both kinds."""
@@ -314,6 +324,19 @@ class PagePool:
     def demote(self, num_pages: int) -> Plan:
         """Plan a step of no rows that takes up to ``num_pages`` pages of full precision from the coldest that
         nobody holds. Fill it, write ``demotions``, and abandon it: the pages are free then."""
+    def rule(self) -> dict[str, Any]:
+        """Return who rules: ``ruling``, ``lru`` or ``survival``. With the policy ``adaptive`` also why:
+        ``shadow_hit_rate_lru`` and ``shadow_hit_rate_survival``, what each would have hit lately;
+        ``rule_changes``; and ``lessons``, times that it has learned."""
+    def explain(self, tokens: _Tokens, namespace: int = 0) -> dict[str, Any]:
+        """Return why a text is not found, or not all of it. Changes nothing.
+
+        ``cached`` leading tokens; ``evicted``, how many behind them were cached and left, as far as that is
+        remembered; ``unseen``, the rest; ``evicted_by``: ``lru``, ``survival`` or ``asked``, and
+        ``evicted_s_ago``, both None when none was."""
+    def set_time(self, microseconds: int) -> None:
+        """Stop following the machine's clock: it is this late until set again. Learning is then done at
+        once, so that every run is the same."""
     def evict(self, num_pages: int) -> int:
         """Evict up to ``num_pages`` cold pages and return how many left."""
     def drop(self, namespace: int) -> int:
@@ -323,7 +346,8 @@ class PagePool:
         ``free_quantized_pages``, ``mutable_pages``, ``sealed_pages``, ``shared_pages``, ``pinned_pages``,
         ``evictable_pages``, ``sequences``, ``nodes``, ``opens``, ``queried_tokens``, ``cached_tokens``,
         ``evicted_pages``, ``sealed_total``, ``duplicate_pages``, ``copied_pages``, ``demoted_pages``,
-        ``refused_pages``, ``plans``, ``abandoned_plans``."""
+        ``refused_pages``, ``plans``, ``abandoned_plans``, ``returned_pages`` (they entered the tree again
+        after they had been evicted), ``ghosts`` (evicted blocks whose ids are remembered)."""
     def bookkeeping_bytes(self) -> int:
         """Return the bytes that the bookkeeping owns, token ids not counted. Walks the tree: not for
         the request path."""
@@ -361,7 +385,10 @@ class Trace:
 class Replay:
     """A trace on its way through a pool of ``num_blocks`` pages, a block a page."""
 
-    def __new__(cls, trace: Trace, num_blocks: int) -> Replay: ...
+    def __new__(cls, trace: Trace, num_blocks: int, *, policy: str = "lru", seed: int = 0) -> Replay:
+        """``policy``: ``lru`` or ``adaptive``; the latter is the same in every run of a ``seed``."""
+    def rule(self) -> dict[str, Any]:
+        """Return who rules, and why: see ``PagePool.rule``."""
     def advance(self, requests: int) -> int:
         """Replay up to so many more requests, without the interpreter. Returns how many are done in all."""
     @property

@@ -71,8 +71,8 @@ def parse_policy(text: str) -> str:
     name = text.strip().lower()
     if name not in names:
         raise ConfigError(f"policy={text!r}: must be one of {', '.join(names)}")
-    if name != CacheStrategy.LRU:
-        raise UnsupportedError(f"policy={name!r}: this version replays lru only")
+    if name == CacheStrategy.PAGED:
+        raise UnsupportedError(f"policy={name!r}: this version does not have it")
     return name
 
 
@@ -153,7 +153,7 @@ def _replay(
 ) -> Outcome:
     trace = workload.trace
     blocks = size if isinstance(size, int) else max(1, int(size * trace.num_unique + 0.5))
-    replay = Replay(trace, blocks)
+    replay = Replay(trace, blocks, policy=policy)
     began, done, total = time.perf_counter(), 0, len(trace)
     step = max(BATCH, total // 200)
     while done < total and not stop.is_set():

@@ -1,6 +1,7 @@
 //! A plan: pages reserved for one step of some sequences, and what it takes to undo that.
 
 use crate::ids::{NodeId, PageId, SequenceId};
+use crate::policy::{Cause, Memory};
 use crate::tree::Victim;
 
 /// One sequence of a plan.
@@ -37,6 +38,9 @@ pub struct Plan {
     pub(crate) victims: Vec<Victim>,
     /// The victims' pages, of both classes, in the order in which they were condemned.
     pub(crate) victim_pages: Vec<PageId>,
+    /// What was known of the blocks in them: a page may hold another block before the plan is filled.
+    pub(crate) memories: Vec<Memory>,
+    pub(crate) cause: Option<Cause>,
     /// In the order in which they were chosen; the first `num_targets_taken` targets were free, the others are
     /// victims' pages.
     pub(crate) demotions: Vec<Demotion>,
@@ -93,6 +97,8 @@ impl Plan {
         self.reserved.clear();
         self.victims.clear();
         self.victim_pages.clear();
+        self.memories.clear();
+        self.cause = None;
         self.demotions.clear();
         self.num_targets_taken = 0;
         self.is_filled = false;

@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result, SequenceLabel};
 use crate::ids::{NodeId, PageId, SequenceId};
+use crate::policy::Turn;
 
 /// Capacity that a closed sequence's vectors may keep for the next one in its slot.
 const KEPT_CAPACITY: usize = 1 << 14;
@@ -31,6 +32,12 @@ pub(crate) struct Sequence {
     pub frozen: u32,
     /// Private blocks from the beginning on that were quantized or refused.
     pub cooled: u32,
+    /// The key of nothing in its namespace.
+    pub root_key: u64,
+    /// Tokens it was opened with.
+    pub prompt: u32,
+    /// Lengths that it stands for, where they are not its own: in replays.
+    pub turn: Option<Turn>,
     /// In an open plan.
     pub planned: bool,
     /// Closed while in an open plan: leaves when that is finished.

@@ -14,6 +14,7 @@ pub(crate) struct Totals {
     pub refused_pages: u64,
     pub plans: u64,
     pub abandoned_plans: u64,
+    pub returned_pages: u64,
 }
 
 macro_rules! statistics {
@@ -79,4 +80,8 @@ statistics! {
     plans,
     /// Plans abandoned.
     abandoned_plans,
+    /// Pages that entered the tree again after they had been evicted, as far as that is remembered.
+    returned_pages,
+    /// Evicted blocks whose ids are remembered.
+    ghosts,
 }

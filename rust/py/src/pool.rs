@@ -1,8 +1,11 @@
 //! `PagePool`, and the lock that its sequences, batches and plans share.
 
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+use std::time::Duration;
 
-use kvhybrid_core::{Namespace, OpenOptions, Pool};
+use kvhybrid_core::{Adaptive, Namespace, OpenOptions, Pool, SequenceId};
+use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -19,10 +22,56 @@ impl Shared {
         self.0.lock().map_err(poisoned)
     }
 
+    /// Close a sequence; and when it is time to learn from what was used, do that in a thread of its own:
+    /// the lock is held for a copy of what there is to learn from, and nobody waits.
+    pub fn close(self: &Arc<Self>, id: SequenceId) -> PyResult<()> {
+        let mut pool = self.lock()?;
+        pool.close(id);
+        let lesson = pool.lesson();
+        drop(pool);
+        if let Some(mut lesson) = lesson {
+            let shared = Arc::downgrade(self);
+            let learn = move || {
+                lesson.learn();
+                if let Some(shared) = shared.upgrade()
+                    && let Some(mut pool) = shared.lock_to_drop()
+                {
+                    pool.apply(lesson);
+                }
+            };
+            // Without a thread there is no lesson this time: pages leave in the order learned before.
+            let _ = thread::Builder::new().name("kvhybrid-learn".into()).spawn(learn);
+        }
+        Ok(())
+    }
+
     /// The pool for a handle that is being dropped: nothing is left to do in a poisoned one.
     pub fn lock_to_drop(&self) -> Option<MutexGuard<'_, Pool>> {
         self.0.lock().ok()
     }
+}
+
+/// True for the policy that learns, false for recency.
+pub fn is_adaptive(policy: &str) -> PyResult<bool> {
+    match policy {
+        "lru" => Ok(false),
+        "adaptive" => Ok(true),
+        _ => Err(PyValueError::new_err(format!("policy must be 'lru' or 'adaptive', not '{policy}'"))),
+    }
+}
+
+/// Who rules in a pool, and by how much.
+pub fn rule<'py>(py: Python<'py>, pool: &Pool) -> PyResult<Bound<'py, PyDict>> {
+    let items = PyDict::new(py);
+    let rule = pool.rule();
+    items.set_item("ruling", if rule.is_some_and(|rule| rule.is_learned) { "survival" } else { "lru" })?;
+    if let Some(rule) = rule {
+        items.set_item("shadow_hit_rate_lru", rule.recency)?;
+        items.set_item("shadow_hit_rate_survival", rule.learned)?;
+        items.set_item("rule_changes", rule.switches)?;
+        items.set_item("lessons", rule.lessons)?;
+    }
+    Ok(items)
 }
 
 #[pyclass(frozen, module = "kvhybrid._core")]
@@ -36,9 +85,19 @@ pub struct PagePool {
 #[pymethods]
 impl PagePool {
     #[new]
-    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, keep_tails = true))]
-    fn new(num_pages: usize, block_size: usize, num_quantized: usize, keep_tails: bool) -> PyResult<Self> {
-        let pool = Pool::with_quantized(num_pages, num_quantized, block_size, keep_tails).map_err(raised)?;
+    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, keep_tails = true, policy = "lru", seed = None))]
+    fn new(
+        num_pages: usize,
+        block_size: usize,
+        num_quantized: usize,
+        keep_tails: bool,
+        policy: &str,
+        seed: Option<u64>,
+    ) -> PyResult<Self> {
+        let mut pool = Pool::with_quantized(num_pages, num_quantized, block_size, keep_tails).map_err(raised)?;
+        if is_adaptive(policy)? {
+            pool.adapt(Adaptive { seed, token_weight: 1, learns_at_once: false, is_unguarded: false });
+        }
         let num_pages = pool.num_pages();
         Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, block_size })
     }
@@ -113,6 +172,30 @@ impl PagePool {
     fn demote(&self, num_pages: usize) -> PyResult<Plan> {
         let plan = self.shared.lock()?.plan_demotion(num_pages).map_err(raised)?;
         Ok(Plan::new(self.shared.clone(), plan))
+    }
+
+    fn rule<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        rule(py, &*self.shared.lock()?)
+    }
+
+    #[pyo3(signature = (tokens, namespace = 0))]
+    fn explain<'py>(&self, tokens: &Bound<'py, PyAny>, namespace: u64) -> PyResult<Bound<'py, PyDict>> {
+        let explained = with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(pool) => pool.explain(Namespace(namespace), tokens).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })??;
+        let items = PyDict::new(tokens.py());
+        items.set_item("cached", explained.cached)?;
+        items.set_item("evicted", explained.evicted)?;
+        items.set_item("unseen", explained.unseen)?;
+        items.set_item("evicted_by", explained.left.map(|(cause, _)| cause.name()))?;
+        items.set_item("evicted_s_ago", explained.left.map(|(_, ago)| Duration::from_micros(ago).as_secs_f64()))?;
+        Ok(items)
+    }
+
+    fn set_time(&self, microseconds: u64) -> PyResult<()> {
+        self.shared.lock()?.set_time(microseconds);
+        Ok(())
     }
 
     fn evict(&self, num_pages: usize) -> PyResult<usize> {

@@ -2,12 +2,14 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvhybrid_core::{Arrival, Pool};
+use kvhybrid_core::{Adaptive, Arrival, Pool};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 use crate::buffers::with_int64;
 use crate::errors::{poisoned, raised};
+use crate::pool::{is_adaptive, rule};
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Trace(Mutex<Arc<kvhybrid_core::Trace>>);
@@ -88,9 +90,20 @@ pub struct Replay {
 #[pymethods]
 impl Replay {
     #[new]
-    fn new(trace: &Bound<'_, Trace>, num_blocks: usize) -> PyResult<Self> {
-        let pool = Pool::new(num_blocks, 1, false).map_err(raised)?;
-        Ok(Self { trace: trace.get().shared()?, replay: Mutex::new(kvhybrid_core::Replay::new(pool)) })
+    #[pyo3(signature = (trace, num_blocks, *, policy = "lru", seed = 0))]
+    fn new(trace: &Bound<'_, Trace>, num_blocks: usize, policy: &str, seed: u64) -> PyResult<Self> {
+        let trace = trace.get().shared()?;
+        let mut pool = Pool::new(num_blocks, 1, false).map_err(raised)?;
+        if is_adaptive(policy)? {
+            let token_weight = trace.block_tokens() as u32;
+            pool.adapt(Adaptive { seed: Some(seed), token_weight, learns_at_once: true, is_unguarded: false });
+        }
+        Ok(Self { trace, replay: Mutex::new(kvhybrid_core::Replay::new(pool)) })
+    }
+
+    fn rule<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let replay = self.replay.lock().map_err(poisoned)?;
+        rule(py, replay.pool())
     }
 
     fn advance(&self, py: Python<'_>, requests: usize) -> PyResult<usize> {

@@ -20,17 +20,25 @@ impl Pool {
     /// The path is pinned once more; private pages get a second holder, and whoever writes into a
     /// partly filled one first copies it.
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
-        let Sequence { ref table, ref tail, anchor, sealed, length, shareable, frozen, cooled, .. } =
-            *self.sequences.at_rest(id)?;
-        let (table, tail) = (table.clone(), tail.clone());
-        for page in &table[(sealed >> self.shift) as usize..] {
+        let parent = self.sequences.at_rest(id)?;
+        let (anchor, sealed) = (parent.anchor, parent.sealed);
+        let copy = Sequence {
+            table: parent.table.clone(),
+            tail: parent.tail.clone(),
+            replaced: None,
+            turn: None,
+            planned: false,
+            closing: false,
+            ..*parent
+        };
+        for page in &copy.table[(sealed >> self.shift) as usize..] {
             if !self.pages.is_in_tree(*page) {
                 self.pages.hold(*page);
             }
         }
         self.tree.pin_path(anchor);
         let (id, fork) = self.sequences.insert();
-        *fork = Sequence { table, tail, anchor, sealed, length, shareable, frozen, cooled, ..Sequence::default() };
+        *fork = copy;
         Ok(id)
     }
 

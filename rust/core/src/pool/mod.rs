@@ -2,18 +2,23 @@
 
 mod check;
 mod edit;
+mod explain;
 mod held;
+mod learn;
 mod open;
 mod room;
 mod step;
 mod undo;
 
+pub use explain::Explanation;
+pub use learn::Adaptive;
 pub use open::OpenOptions;
 
 use crate::error::{Error, Result};
 use crate::ids::{Classes, Namespace, PageId, SequenceId};
 use crate::pages::Pages;
 use crate::plan::Plan;
+use crate::policy::{Cause, Clock, History};
 use crate::sequence::Sequences;
 use crate::stats::{Statistics, Totals};
 use crate::tree::{Tree, Victim};
@@ -36,6 +41,13 @@ pub struct Pool {
     keep_tails: bool,
     /// A plan with demotions was made and not yet filled: no other may reserve pages.
     moving: bool,
+    clock: Clock,
+    history: History,
+    /// Learn in the call that finds it is time, not when asked to.
+    learns_at_once: bool,
+    /// Keys of blocks about to be sealed, and the path of a sequence about to close.
+    keys: Vec<u64>,
+    path: Vec<PageId>,
 }
 
 impl Pool {
@@ -70,6 +82,11 @@ impl Pool {
             duplicates: Vec::new(),
             keep_tails,
             moving: false,
+            clock: Clock::new(),
+            history: History::new(num_pages, learn::random_seed()),
+            learns_at_once: false,
+            keys: Vec::new(),
+            path: Vec::new(),
         })
     }
 
@@ -108,7 +125,8 @@ impl Pool {
     /// Evict up to `count` cold pages and return how many left.
     pub fn evict(&mut self, count: usize) -> usize {
         let count = count.min(self.tree.num_evictable());
-        self.evict_by(|tree, pages, victims| tree.condemn(count, pages, victims))
+        let now = self.clock.now();
+        self.evict_by(|tree, pages, victims| tree.condemn(count, now, pages, victims))
     }
 
     /// Evict every unpinned page of a namespace and return how many left.
@@ -122,6 +140,7 @@ impl Pool {
         condemn(&mut self.tree, &mut plan.reserved, &mut plan.victims);
         self.tree.finish(&mut plan.victims);
         self.tree.forget_refused(&plan.reserved);
+        self.remember(&plan.reserved, Cause::Asked);
         self.pages.free(&plan.reserved);
         let count = plan.reserved.len();
         self.totals.evicted_pages += count as u64;
@@ -136,9 +155,8 @@ impl Pool {
             sequence.closing = true;
             return;
         }
-        if self.keep_tails {
-            self.seal_tail(id);
-        }
+        let tail = if self.keep_tails { self.seal_tail(id) } else { None };
+        self.note_use(id, tail);
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         let private = (sequence.sealed >> self.shift) as usize;
         for page in sequence.table[private..].iter().rev() {
@@ -180,12 +198,14 @@ impl Pool {
             refused_pages: self.totals.refused_pages,
             plans: self.totals.plans,
             abandoned_plans: self.totals.abandoned_plans,
+            returned_pages: self.totals.returned_pages,
+            ghosts: self.history.num_ghosts() as u64,
         }
     }
 
     /// Bytes that the bookkeeping owns, token ids not counted. Walks the tree.
     pub fn bytes(&self) -> usize {
-        self.pages.bytes() + self.tree.bytes() + self.sequences.bytes()
+        self.pages.bytes() + self.tree.bytes() + self.sequences.bytes() + self.history.bytes()
     }
 
     /// Keep a finished plan's vectors.

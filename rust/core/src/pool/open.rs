@@ -42,6 +42,8 @@ impl Pool {
         let anchor = self.tree.anchor(node, matched as u32);
         let (id, sequence) = self.sequences.insert();
         sequence.anchor = anchor;
+        sequence.root_key = self.history.root(namespace);
+        sequence.prompt = tokens.len() as u32;
         sequence.shareable = if share { u32::MAX } else { 0 };
         sequence.sealed = sealed as u32;
         sequence.length = matched as u32;

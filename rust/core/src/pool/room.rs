@@ -81,14 +81,14 @@ impl Pool {
             let Some(target) = self.target(plan, targets) else { break };
             if let Some((node, index)) = place {
                 let source = self.tree.demote(node, index, target);
-                self.pages.hand_over(source, target);
+                self.move_page(source, target);
                 let block = self.tree.block_of(node, index);
                 plan.demotions.push(Demotion { source, target, block, place });
             } else if let Some(Candidate { page, block, place }) = held.next() {
                 if let Some((node, index)) = place {
                     self.tree.demote(node, index, target);
                 }
-                self.pages.hand_over(page, target);
+                self.move_page(page, target);
                 self.replace(block, page, target);
                 plan.demotions.push(Demotion { source: page, target, block, place });
             } else {
@@ -104,7 +104,8 @@ impl Pool {
     /// Evict until nobody else must leave: until there are as many quantized pages as are still lacking, and as
     /// many pages to demote into them. Returns the quantized pages gained, the next to use last.
     fn evict_for(&mut self, plan: &mut Plan, needed: usize, held: usize) -> Vec<PageId> {
-        let mut targets = Vec::new();
+        let (now, mut targets) = (self.clock.now(), Vec::new());
+        plan.cause = Some(self.ruling());
         loop {
             let short = needed - plan.reserved.len();
             let room = self.pages.num_free_quantized() + targets.len();
@@ -114,7 +115,7 @@ impl Pool {
                 return targets;
             }
             let first = plan.victim_pages.len();
-            self.tree.condemn(lacking, &mut plan.victim_pages, &mut plan.victims);
+            self.tree.condemn(lacking, now, &mut plan.victim_pages, &mut plan.victims);
             targets.extend(self.claim(plan, first));
         }
     }
@@ -125,6 +126,7 @@ impl Pool {
         let condemned = &plan.victim_pages[first..];
         let (quantized, full): (Vec<PageId>, Vec<PageId>) =
             condemned.iter().partition(|page| classes.is_quantized(**page));
+        plan.memories.extend(condemned.iter().map(|page| self.memory(*page)));
         self.pages.claim(&full);
         self.pages.set_aside(&quantized);
         plan.reserved.extend(full);

@@ -171,6 +171,7 @@ impl Pool {
             return;
         }
         self.totals.evicted_pages += plan.num_evicted as u64;
+        self.forget(plan.cause, plan.memories.drain(..));
         self.tree.finish(&mut plan.victims);
         self.tree.forget_refused(&plan.victim_pages);
         let classes = self.pages.classes();
@@ -216,6 +217,8 @@ impl Pool {
             return;
         }
         let end = first + alone;
+        self.name_blocks(id, first, alone << self.shift);
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
         let pages = &mut sequence.table[first..end];
         for page in &*pages {
             self.pages.seal(*page);
@@ -230,30 +233,36 @@ impl Pool {
             duplicates: &mut self.duplicates,
         });
         sequence.sealed = (end as u32) << self.shift;
+        let entered: &[PageId] = &sequence.table[first..end];
+        let entered = entered.to_vec();
+        self.note_entered(|index, page| entered[index] == page);
         self.count_sealed(sealed);
     }
 
     /// Leave the partly filled last block of a sequence behind, unless the tree has it or others hold
     /// its page. What was computed of a short prompt, or since the last full block, is found again.
-    pub(super) fn seal_tail(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.find_mut(id) else { return };
+    /// Returns the page that it left.
+    pub(super) fn seal_tail(&mut self, id: SequenceId) -> Option<PageId> {
+        let sequence = self.sequences.find_mut(id)?;
         if sequence.length > sequence.shareable {
-            return;
+            return None;
         }
         // A split may have moved the anchor deeper than what is used.
         sequence.anchor = self.tree.lift(sequence.anchor, sequence.sealed);
         // Full blocks are left over where the bound on sharing was raised since the last commit.
         self.seal(id);
-        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        let sequence = self.sequences.find_mut(id)?;
         let (first, count) = ((sequence.sealed >> self.shift) as usize, (sequence.length - sequence.sealed) as usize);
         if count >> self.shift != 0 {
-            return;
+            return None;
         }
         let is_ours = |page: &PageId| self.pages.is_mutable(*page) && !self.pages.classes().is_quantized(*page);
-        let Some(page) = sequence.table.get(first).copied().filter(is_ours) else { return };
+        let page = sequence.table.get(first).copied().filter(is_ours)?;
         if self.tree.contains(sequence.anchor, sequence.sealed, &sequence.tail[..count]) {
-            return;
+            return None;
         }
+        self.name_blocks(id, first, count);
+        let sequence = self.sequences.find_mut(id)?;
         self.pages.seal(page);
         let sealed = self.tree.num_sealed();
         sequence.anchor = self.tree.seal(Sealing {
@@ -266,7 +275,10 @@ impl Pool {
         });
         // Sealed or freed: either way the page is no longer ours to release.
         sequence.table.truncate(first);
+        let stays = !self.duplicates.contains(&page);
+        self.note_entered(|_, _| stays);
         self.count_sealed(sealed);
+        stays.then_some(page)
     }
 
     /// Count what entered the tree since it held `before` pages, and free what it had already.

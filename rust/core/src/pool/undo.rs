@@ -3,6 +3,7 @@
 use super::Pool;
 use crate::ids::PageId;
 use crate::plan::{Demotion, Plan};
+use crate::policy::Cause;
 
 impl Pool {
     /// Undo the plan. Of one that was not filled, victims stand where they stood, and nothing is demoted; of one
@@ -54,11 +55,15 @@ impl Pool {
             for page in &plan.victim_pages {
                 self.pages.seal(*page);
             }
+            for (page, memory) in plan.victim_pages.iter().zip(plan.memories.drain(..)) {
+                self.recall(*page, memory);
+            }
             self.tree.restore(&mut plan.victims, &plan.victim_pages, &mut self.duplicates);
             self.tree.forget_refused(&self.duplicates);
             self.totals.evicted_pages += self.duplicates.len() as u64;
-            self.pages.free(&self.duplicates);
-            self.duplicates.clear();
+            let orphans = std::mem::take(&mut self.duplicates);
+            self.remember(&orphans, plan.cause.unwrap_or(Cause::Asked));
+            self.pages.free(&orphans);
         }
         self.pages.free(&plan.reserved);
         for row in &plan.rows {
@@ -80,7 +85,7 @@ impl Pool {
         if !is_back {
             return false;
         }
-        self.pages.hand_over(target, source);
+        self.move_page(target, source);
         self.replace(block, target, source);
         if place.is_none() {
             for sequence in self.sequences.iter_mut() {

@@ -37,14 +37,15 @@ impl Replay {
     pub fn advance(&mut self, trace: &Trace, count: usize) -> Result<usize> {
         let end = trace.num_requests().min(self.next.saturating_add(count));
         for request in self.next..end {
-            let (blocks, _) = trace.request(request);
-            self.serve(blocks)?;
+            let (blocks, arrival) = trace.request(request);
+            self.pool.set_time(arrival.time_ms.saturating_mul(1000));
+            self.serve(blocks, arrival)?;
             self.next = request + 1;
         }
         Ok(self.next)
     }
 
-    fn serve(&mut self, blocks: &[u32]) -> Result<()> {
+    fn serve(&mut self, blocks: &[u32], arrival: Arrival) -> Result<()> {
         self.references += blocks.len() as u64;
         let kept = &blocks[..blocks.len().min(self.pool.num_pages())];
         self.text.clear();
@@ -57,6 +58,7 @@ impl Replay {
             let plan = self.pool.plan(&[id], Some(&[missing]), None)?;
             self.pool.commit(plan);
         }
+        self.pool.describe(id, arrival.prompt, arrival.output)?;
         self.pool.close(id);
         Ok(())
     }

@@ -14,16 +14,18 @@ pub(crate) enum Victim {
 }
 
 impl Tree {
-    /// Take `want` pages from the oldest leaves, the deepest of each leaf first. The caller checked
-    /// that so many are evictable.
-    pub(crate) fn condemn(&mut self, mut want: usize, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) {
+    /// Take `want` pages from the leaves that rank lowest at `now`, by the learned order while it rules,
+    /// else from the oldest, the deepest of each leaf first. The caller checked that so many are evictable.
+    pub(crate) fn condemn(&mut self, mut want: usize, now: u64, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) {
         while want > 0 {
-            let leaf = self.order.oldest();
+            let (leaf, most) = self.next_victim(now);
             debug_assert!(self.at(leaf).is_leaf(), "the oldest node is always a leaf");
             let have = self.at(leaf).pages.len();
-            if have > want {
-                self.condemn_end(leaf, have - want, pages, victims);
-                return;
+            let take = most.min(want);
+            if have > take {
+                self.condemn_end(leaf, have - take, pages, victims);
+                want -= take;
+                continue;
             }
             want -= have;
             let mut parent = self.condemn_leaf(leaf, pages, victims);
@@ -49,6 +51,18 @@ impl Tree {
         self.evictable -= count;
         self.sealed -= count;
         self.lose(node, &pages[first..], given);
+        self.rank(node);
+    }
+
+    /// The leaf to take from, and how many of its pages at most: those that rank alike.
+    fn next_victim(&mut self, now: u64) -> (NodeId, usize) {
+        let learned = self.learned.as_mut().and_then(|learned| learned.lowest(now));
+        let leaf = learned.unwrap_or_else(|| self.order.oldest());
+        let pages = &self.nodes[leaf.index()].pages;
+        match &self.learned {
+            Some(order) if learned.is_some() => (leaf, order.alike(pages)),
+            _ => (leaf, pages.len()),
+        }
     }
 
     /// Condemn every unpinned node below `root`.
@@ -103,6 +117,7 @@ impl Tree {
         self.unlink(leaf);
         self.order.remove(leaf);
         self.warm(leaf);
+        self.unrank(leaf);
         let gone = self.next_epoch();
         let node = self.at_mut(leaf);
         let epoch = std::mem::replace(&mut node.epoch, gone);
@@ -137,6 +152,7 @@ impl Tree {
         self.cool(node, Lru::push_oldest);
         self.evictable += count;
         self.sealed += count;
+        self.rank(node);
         true
     }
 
@@ -155,6 +171,7 @@ impl Tree {
             1 => {}
             _ => self.shared += pages.len(),
         }
+        self.rank(node);
         true
     }
 

@@ -37,7 +37,7 @@ pub use find::common_prefix;
 use std::collections::BTreeSet;
 
 use crate::ids::{Classes, Namespace, NodeId, PageId};
-use crate::policy::Lru;
+use crate::policy::{Lru, Survival};
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
 pub(crate) use seal::Sealing;
@@ -97,6 +97,8 @@ pub(crate) struct Tree {
     classes: Classes,
     /// Pages that the codec refused.
     refused: BTreeSet<PageId>,
+    /// Leaves among them by what they promise, where that is learned.
+    pub(crate) learned: Option<Box<Survival>>,
     /// log2 of the block size.
     shift: u32,
     epochs: u32,
@@ -120,6 +122,7 @@ impl Tree {
             cooling: Lru::new(),
             classes,
             refused: BTreeSet::new(),
+            learned: None,
             shift: block_size.trailing_zeros(),
             epochs: 0,
             sealed: 0,
@@ -159,6 +162,7 @@ impl Tree {
             + self.roots.bytes()
             + self.order.bytes()
             + self.cooling.bytes()
+            + self.learned.as_ref().map_or(0, |learned| learned.bytes())
     }
 
     /// The root of a namespace, made when there is none.
@@ -245,6 +249,7 @@ impl Tree {
         linked.next = first;
         linked.previous = NodeId::NONE;
         self.children.insert(&self.nodes, node);
+        self.rank(parent);
     }
 
     /// The opposite of `link`; `parent` still names the parent.
@@ -258,6 +263,22 @@ impl Tree {
         }
         if next.is_some() {
             self.at_mut(next).previous = previous;
+        }
+        self.rank(parent);
+    }
+
+    /// Let the learned order know where a node stands now: it ranks leaves that may leave.
+    fn rank(&mut self, node: NodeId) {
+        let Some(learned) = &mut self.learned else { return };
+        let it = &self.nodes[node.index()];
+        let deepest = if it.pins == 0 && it.is_leaf() && !it.is_root() { it.pages.last() } else { None };
+        learned.rank(node, deepest.copied());
+    }
+
+    /// Take a node that leaves the order out of the learned one, too.
+    fn unrank(&mut self, node: NodeId) {
+        if let Some(learned) = &mut self.learned {
+            learned.rank(node, None);
         }
     }
 

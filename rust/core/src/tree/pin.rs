@@ -86,6 +86,7 @@ impl Tree {
             self.evictable -= pages;
             self.order.remove(node);
             self.warm(node);
+            self.rank(node);
         } else if pins == 2 {
             self.shared += pages;
         }
@@ -106,6 +107,7 @@ impl Tree {
                 self.evictable += pages;
                 self.order.push_newest(node);
                 self.cool(node, Lru::push_newest);
+                self.rank(node);
                 return true;
             }
             1 => self.shared -= pages,

@@ -31,6 +31,7 @@ impl Tree {
         if pins == 0 {
             self.order.push_newer_than(upper, node);
             self.cool_upper(upper, node);
+            self.rank(node);
         }
         upper
     }
@@ -49,6 +50,7 @@ impl Tree {
         self.unlink(leaf);
         self.order.remove(leaf);
         self.cool_merged(parent, leaf);
+        self.unrank(leaf);
         let Node { run, pages, quantized, refused, .. } = std::mem::take(self.at_mut(leaf));
         let upper = self.at_mut(parent);
         upper.run.extend_from_slice(&run);
@@ -56,6 +58,7 @@ impl Tree {
         upper.quantized += quantized;
         upper.refused += refused;
         self.vacate(leaf);
+        self.rank(parent);
         Some(parent)
     }
 

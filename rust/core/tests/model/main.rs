@@ -18,7 +18,7 @@ mod truth;
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use kvhybrid_core::{Error, Namespace, OpenOptions, Plan, Pool, SequenceId};
+use kvhybrid_core::{Adaptive, Error, Namespace, OpenOptions, Plan, Pool, SequenceId};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -123,7 +123,10 @@ fn shared(a: &[u32], b: &[u32]) -> usize {
 }
 
 fn run(full: usize, quantized: usize, block: usize, keep_tails: bool, steps: Vec<Step>) {
-    let mut model = Model::new(full, quantized, block, keep_tails);
+    walk(Model::new(full, quantized, block, keep_tails), steps);
+}
+
+fn walk(mut model: Model, steps: Vec<Step>) {
     for step in steps {
         model.step(step);
         model.check();
@@ -149,6 +152,15 @@ proptest! {
         pages in 1..16usize, quantized in 1..24usize, shift in 0..4u32, keep_tails: bool, steps in steps()
     ) {
         run(pages, quantized, 1 << shift, keep_tails, steps);
+    }
+
+    #[test]
+    fn every_slot_holds_what_was_written_in_the_learned_order(
+        pages in 1..24usize, quantized in 0..8usize, shift in 0..4u32, keep_tails: bool, steps in steps()
+    ) {
+        let mut model = Model::new(pages, quantized, 1 << shift, keep_tails);
+        model.pool.adapt(Adaptive { seed: Some(0), token_weight: 1, learns_at_once: true, is_unguarded: true });
+        walk(model, steps);
     }
 
     #[test]

@@ -1,0 +1,112 @@
+//! What a use of a block looks like: of the text, and of the block in it.
+
+use super::curves::BUCKETS;
+use super::record::FEATURES;
+use super::score::{Score, VALUES};
+use crate::ids::PageId;
+use crate::policy::history::{History, Mark};
+
+/// Where the block's own features stand among all; the others are the text's.
+pub(super) const OWN: [usize; 3] = [5, 6, 7];
+
+/// The lengths of a text that ended.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Turn {
+    /// Tokens of the prompt.
+    pub prompt: u32,
+    /// Tokens made after it.
+    pub output: u32,
+}
+
+/// A text's features.
+pub(super) struct Request {
+    features: [u8; FEATURES],
+    num_blocks: usize,
+}
+
+impl Request {
+    /// Read a text's features off its path, and note on the path that a prompt ended there.
+    ///
+    /// Turn, length, new tokens since the last turn's end, time since then, tokens generated, and tokens
+    /// never seen.
+    pub(super) fn read(history: &mut History, path: &[PageId], turn: Turn, block_tokens: u32, now: u64) -> Self {
+        let full = path.len().min((turn.prompt / block_tokens) as usize);
+        let (mut turns, mut last, mut known) = (0usize, None, 0);
+        for (position, page) in path[..full].iter().enumerate() {
+            let mark = history.mark(*page);
+            if mark.uses > 0 {
+                known = position + 1;
+            }
+            if mark.ended > 0 {
+                turns += 1;
+                last = Some((position, mark.ended));
+            }
+        }
+        let prompt = f64::from(turn.prompt);
+        let reached = last.map_or(0, |(position, _)| position + 1);
+        let tokens_after = |blocks: usize| prompt - blocks as f64 * f64::from(block_tokens);
+        let gap = last.map(|(_, ended)| now.saturating_sub(ended) as f64 / 1e6);
+        let mut features = [0; FEATURES];
+        features[0] = step(turns, &[1, 2, 3, 4, 5, 6, 10, 20, 40]);
+        features[1] = octave(prompt, 8, 2);
+        features[2] = octave(tokens_after(reached), 4, 1);
+        features[3] = gap.map_or(0, |gap| (1 + octave(gap, 0, 1)).min(VALUES as u8 - 1));
+        features[4] = octave(f64::from(turn.output), 1, 1);
+        features[8] = octave(tokens_after(known), 4, 1);
+        if let Some(end) = full.checked_sub(1) {
+            history.mark_mut(path[end]).ended = now;
+        }
+        let branch = path.windows(2).find(|pair| history.mark(pair[1]).uses == 0);
+        if let Some(pair) = branch {
+            let mark = history.mark_mut(pair[0]);
+            mark.kids = mark.kids.saturating_add(1);
+        }
+        Self { features, num_blocks: path.len() }
+    }
+
+    /// Log odds before the block's own features are added.
+    pub(super) fn base(&self, score: &Score) -> f32 {
+        let features = self.features.iter().enumerate().filter(|(feature, _)| !OWN.contains(feature));
+        features.map(|(feature, value)| score.weight(feature, *value)).sum::<f32>() + score.bias()
+    }
+
+    /// A block's own features: its uses so far, how far from the end it is, what has followed it.
+    pub(super) fn own(&self, mark: &Mark, position: usize) -> [u8; 3] {
+        let behind = self.num_blocks - 1 - position;
+        [
+            step(usize::from(mark.uses), &[1, 2, 3, 4, 8, 16, 64]),
+            step(behind, &[1, 2, 4, 8, 16, 32, 64]),
+            mark.kids.min(4),
+        ]
+    }
+
+    /// All features together.
+    pub(super) fn features(&self, own: [u8; 3]) -> [u8; FEATURES] {
+        let mut features = self.features;
+        for (feature, value) in OWN.into_iter().zip(own) {
+            features[feature] = value;
+        }
+        features
+    }
+}
+
+/// The curve of a block: how often it was used, and how likely it is wanted again.
+pub(super) fn curve(uses: u8, logit: f32) -> usize {
+    let uses = usize::from(step(usize::from(uses), &[1, 2, 4, 8]));
+    let bucket = ((logit + 4.0) * 2.0).clamp(0.0, BUCKETS as f32 - 1.0) as usize;
+    uses * BUCKETS + bucket
+}
+
+/// How many of the ascending bounds are reached.
+fn step(value: usize, bounds: &[usize]) -> u8 {
+    bounds.iter().filter(|bound| **bound <= value).count() as u8
+}
+
+/// Octaves of a value, `per` to each, from 2^`from` on.
+fn octave(value: f64, from: i32, per: i32) -> u8 {
+    if value < 1.0 {
+        return 0;
+    }
+    let octave = (value.log2() * f64::from(per)) as i32 - from * per + 1;
+    octave.clamp(0, VALUES as i32 - 1) as u8
+}
