@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvhybrid import CacheStrategy, ConfigError, KVCacheConfig, KVHybridError, UnsupportedError
-from kvhybrid.config import ABSENT
+from kvhybrid.config import ABSENT, PRESENT
 from kvhybrid.presets import PRESETS, SWITCHES, ConfigValues, PresetName
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -72,6 +72,10 @@ ASKED = {
     "disk_gb": 1,
     "shared_url": "redis://user:hush@localhost",
 }
+
+
+def is_absent(field, value):
+    return field in ABSENT and value is not False and (field, value) not in PRESENT
 
 
 def test_arguments_are_keyword_only():
@@ -163,6 +167,11 @@ def test_the_low_latency_preset_works():
     assert config.non_blocking
 
 
+def test_the_strategies_that_are_there_are_taken():
+    assert KVCacheConfig.preset("high_performance").cache_strategy is CacheStrategy.ADAPTIVE
+    assert KVCacheConfig(cache_strategy="Adaptive").cache_strategy is CacheStrategy.ADAPTIVE
+
+
 @pytest.mark.parametrize("threshold", [0.001, 0.5, 1])
 def test_collection_starts_at_any_fraction_of_the_budget(threshold):
     assert KVCacheConfig(enable_gc=True, gc_threshold=threshold).gc_threshold == threshold
@@ -174,12 +183,14 @@ def test_a_threshold_that_is_no_fraction_is_refused(threshold):
         KVCacheConfig(enable_gc=True, gc_threshold=threshold)
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "low_latency"])
+@pytest.mark.parametrize(
+    "name", [name for name in PRESETS if name not in ("low_latency", "high_performance")]
+)
 def test_a_preset_ahead_of_its_time_names_every_missing_field_and_the_way_round(name):
     with pytest.raises(UnsupportedError) as caught:
         KVCacheConfig.preset(name)
     message = str(caught.value)
-    asked = [field for field, value in PRESETS[name].items() if field in ABSENT and value is not False]
+    asked = [field for field, value in PRESETS[name].items() if is_absent(field, value)]
     assert asked
     for field in asked:
         assert f"{field}=" in message

@@ -35,7 +35,7 @@ __all__ = ["CacheStrategy", "KVCacheConfig"]
 # What this version does not have yet: of these fields only the default is accepted.
 ABSENT: Final = frozenset(
     {
-        "cache_strategy",
+        "cache_strategy",  # but for those in PRESENT
         "use_quantization",
         "quantization_bits",
         "enable_persistence",
@@ -45,6 +45,10 @@ ABSENT: Final = frozenset(
         "shared_url",
     }
 )
+
+
+# Values of those fields that this version does have.
+PRESENT: Final = frozenset({("cache_strategy", CacheStrategy.ADAPTIVE)})
 
 
 class Allowed(str):
@@ -280,7 +284,9 @@ class KVCacheConfig(BaseSettings):
 
     def _refuse_absent(self, preset: PresetName | None) -> None:
         fields = type(self).model_fields
-        if not (asked := [name for name in fields if name in ABSENT and self._is_set(name)]):
+        asked = [name for name in fields if name in ABSENT and self._is_set(name)]
+        asked = [name for name in asked if (name, getattr(self, name)) not in PRESENT]
+        if not asked:
             return
         details = {detail: switch for switch, detail in SWITCHES.items()}
         without = {

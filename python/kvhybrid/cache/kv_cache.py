@@ -17,6 +17,7 @@ from kvhybrid._core import PagePool
 from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.compress.holders import Holders
+from kvhybrid.cache.explained import Explanation, explain, ruling
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
 from kvhybrid.config import KVCacheConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvhybrid.cache.process_kv import SliceMetadata
+    from kvhybrid.cache.step import Tokens
 
 
 class Session(Protocol):
@@ -64,7 +66,8 @@ class KVCache:
             raise LayoutError(f"config.dtype={self.config.dtype}, the layout says {layout.dtype}")
         self.layout = layout
         self.storage = make_storage(self.config, layout, torch.device(device), devices)
-        self.pool = PagePool(self.storage.num_pages, layout.block_size)
+        policy = self.config.cache_strategy.value
+        self.pool = PagePool(self.storage.num_pages, layout.block_size, policy=policy)
         self._collector: Collector | None = None
         if self.config.enable_gc:
             self._collector = Collector(self.pool, self.config.gc_threshold)
@@ -220,7 +223,9 @@ class KVCache:
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
-        ``undone_compressions`` gave theirs back when others needed it. Of models with layers that keep a
+        ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
+        ``learned_order_rules`` is 1 while pages leave in the learned order, 0 while in order of recency, by
+        what would have hit more lately: ``shadow_hit_rate_survival`` or ``shadow_hit_rate_lru``. Of models with layers that keep a
         state: ``states`` held, ``state_bytes`` within ``state_capacity_bytes``, ``restored_states`` and
         ``evicted_states``.
         """
@@ -243,9 +248,23 @@ class KVCache:
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,
+            **ruling(self.pool),
             **self.compressed.statistics(),
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
+
+    def explain(self, tokens: Tokens, *, tenant: str = "default") -> Explanation:
+        """Say why a text is not found, or not all of it. Changes nothing.
+
+        ``tokens``: int32 or int64, of one dimension. Of several models over one cache, the one that knows
+        most of the text counts. Raises ``ValueError`` for what are no token ids.
+        """
+        tenant = tenant if self.config.tenant_isolation else ""
+        with self._lock:
+            numbers = [
+                number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)
+            ]
+        return explain(self.pool, tokens, numbers)
 
     def give_up(self, tokens: int) -> None:
         """Count ``tokens`` that were found cached, but behind where every row of a batch can go on from."""
