@@ -99,7 +99,7 @@ $(VENV)/.created:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.created pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra cli $(DEPENDENCY_GROUPS:%=--group %)
+	$(UV) pip install --quiet --python $(BIN)/python --requirements pyproject.toml --extra plot $(DEPENDENCY_GROUPS:%=--group %)
 	@touch $@
 
 .venv-transformers-%/.installed: $(VENV)/.created pyproject.toml

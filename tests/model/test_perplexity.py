@@ -8,8 +8,9 @@ import pytest
 import torch
 from families import VOCAB, make_model
 
-from kvhybrid.errors import InvalidRequestError
-from kvhybrid.model.perplexity import Quantized, measure_quality
+from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.perplexity import Compressed, Quantized, can_be_shortened, measure_quality
+from kvhybrid.presets import CompressionScorer
 
 
 def text(length):
@@ -69,3 +70,39 @@ def test_what_fills_no_page_stays_as_it_is_and_so_does_what_is_refused():
 def test_a_text_without_a_whole_window_is_refused():
     with pytest.raises(InvalidRequestError, match="68 tokens, and a window takes 69"):
         measure_quality(make_model("llama"), text(68), {}, prefix=48, scored=20)
+
+
+def test_what_is_kept_stays_at_its_positions():
+    """Keeping everything changes nothing, whatever the scorer; keeping less changes something."""
+    model, ids = make_model("llama"), text(200)
+    changes = {
+        f"{scorer} {kept}": Compressed(scorer, kept)
+        for scorer in (CompressionScorer.STREAMING, CompressionScorer.KNORM)
+        for kept in (1.0, 0.25)
+    }
+    found = measure_quality(model, ids, changes, prefix=64, scored=32)
+    assert abs(found["streaming 1.0"].divergence) < 1e-6
+    assert abs(found["knorm 1.0"].divergence) < 1e-6
+    assert found["streaming 0.25"].divergence > 1e-3
+    assert found["knorm 0.25"].divergence > 1e-3
+
+
+def test_a_shortened_prefix_is_what_masking_the_lost_tokens_makes_of_it():
+    model, ids = make_model("llama"), text(64 + 16 + 1)
+    found = measure_quality(
+        model, ids, {"short": Compressed(CompressionScorer.STREAMING, 0.25)}, prefix=64, scored=16
+    )
+    # 32 old tokens, of which 8 stay: the first 4, always, and the last 4 of them.
+    mask = torch.zeros(80, 80).masked_fill(torch.ones(80, 80).triu(1).bool(), -torch.inf)
+    mask[64:, 4:28] = -torch.inf
+    with torch.inference_mode():
+        logits = model(ids[None, :-1], use_cache=False, attention_mask=mask[None, None]).logits[0, 64:]
+    nats = torch.nn.functional.cross_entropy(logits, ids[65:]).item()
+    assert found["short"].perplexity == pytest.approx(math.exp(nats), rel=1e-4)
+
+
+def test_models_that_cannot_keep_fewer_tokens_here_are_told_apart():
+    assert can_be_shortened(make_model("llama"))
+    assert not can_be_shortened(make_model("mistral-window"))
+    with pytest.raises(UnsupportedError, match="queries"):
+        Compressed(CompressionScorer.TOVA, 0.5)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from kvhybrid.errors import KVHybridError
 
@@ -127,6 +128,35 @@ def simulate(
         )
 
 
+@app.command()
+def quality(
+    text: Annotated[Path, typer.Option(help="What to foretell: a text of some thousand words, UTF-8.")],
+    model: Model = None,
+    device: Device = "cpu",
+    prefix: Annotated[int, typer.Option(min=64, help="Tokens that are kept with less.")] = 768,
+    scored: Annotated[int, typer.Option(min=1, help="Tokens behind them that are scored.")] = 256,
+    windows: Annotated[int, typer.Option(min=1, help="Parts of the text, at most.")] = 32,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON to this file; - is stdout.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them into this file: .svg, .png, .pdf.")] = None,
+) -> None:
+    """Measure what 8 and 4 bits, and keeping fewer tokens, cost a model's perplexity on a text."""
+    from kvhybrid.cli.quality import run_quality
+
+    with _clear_errors():
+        run_quality(
+            model,
+            text,
+            device=device,
+            prefix=prefix,
+            scored=scored,
+            windows=windows,
+            json_path=json,
+            plot=plot,
+        )
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Print our own errors in one line; a traceback helps nobody who typed a wrong path."""
 
@@ -135,5 +165,6 @@ class _clear_errors:  # noqa: N801  # reads as a statement
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (KVHybridError, OSError)):
-            Console(stderr=True).print(f"[red]kvhybrid:[/] {error}", highlight=False)
+            # A message may have brackets of its own: "kvhybrid[plot]".
+            Console(stderr=True).print(f"[red]kvhybrid:[/] {escape(str(error))}", highlight=False)
             sys.exit(2)

@@ -8,6 +8,7 @@ transformers' own cache; refuses to know what a change is: a codec, a compressio
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,12 +16,17 @@ import torch
 from transformers import DynamicCache
 
 from kvhybrid.cache.codec import Codec
+from kvhybrid.cache.compress.scorers import NEED_QUERIES, SCORERS
+from kvhybrid.cache.compress.selection import choose, gather, kept_tokens
+from kvhybrid.cache.measured import layer_kinds
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from transformers import PreTrainedModel
+
+    from kvhybrid.presets import CompressionScorer
 
     Pair = tuple[torch.Tensor, torch.Tensor]
     Change = Callable[[torch.Tensor, torch.Tensor], Pair]
@@ -78,6 +84,22 @@ class Quantized:
         return torch.cat((back, tensor[:, :, count * block :]), 2)
 
 
+class Compressed:
+    """The change that a scorer of K and V alone makes: the share ``kept`` of the old tokens stays."""
+
+    def __init__(self, scorer: CompressionScorer, kept: float) -> None:
+        if scorer in NEED_QUERIES:
+            raise UnsupportedError(f"{scorer} looks at queries, which a cache does not have")
+        self.scorer = scorer
+        self.kept = kept
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor) -> Pair:
+        """Return the tokens of K and V ``[rows, num_kv_heads, tokens, width]`` that stay, by head."""
+        scores = SCORERS[self.scorer](key.float(), value.float(), None)
+        places = choose(scores, kept_tokens(key.shape[2], self.kept))
+        return gather(key, places), gather(value, places)
+
+
 @torch.inference_mode()
 def measure_quality(
     model: PreTrainedModel,
@@ -109,9 +131,17 @@ def measure_quality(
         kept = _prefilled(model, batch[:, :prefix])
         targets = batch[:, prefix + 1 :].to(kept.device)
         truth = None
+        # Behind fewer tokens than there were, a model could only guess them.
+        positions = (
+            {"position_ids": torch.arange(prefix, length - 1, device=kept.device)[None]}
+            if _takes_positions(model)
+            else {}
+        )
         for name, change in ("full precision", None), *changes.items():
             cache = _changed(kept.cache, change)
-            logits = model(input_ids=batch[:, prefix:-1].to(kept.device), past_key_values=cache).logits
+            logits = model(
+                input_ids=batch[:, prefix:-1].to(kept.device), past_key_values=cache, **positions
+            ).logits
             guesses = torch.log_softmax(logits.float(), -1)
             nats[name] -= float(guesses.gather(-1, targets[..., None]).double().sum())
             if truth is None:
@@ -128,6 +158,18 @@ def measure_quality(
         refused = getattr(change, "refused_pages", 0)
         found[name] = Quality(math.exp(nats[name] / count), worse, divergence[name] / count, refused)
     return found
+
+
+def can_be_shortened(model: PreTrainedModel) -> bool:
+    """Return whether fewer tokens can be kept here: every layer sees all of them, at positions it is told."""
+    config = model.config.get_text_config()
+    kinds = layer_kinds(model.config)
+    windowed = getattr(config, "sliding_window", None) is not None
+    return _takes_positions(model) and (set(kinds) == {"full_attention"} if kinds else not windowed)
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 class _Kept(NamedTuple):
