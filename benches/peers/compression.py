@@ -3,7 +3,8 @@
 Held-out text in windows of 384 tokens, which are compressed, and the next 128, which are scored. Ours keeps
 the first 4 and the last 32 tokens whatever their scores; kvpress, where it is installed, keeps as many tokens
 and protects what each press protects by itself. A figure is the change of perplexity in percent: a model this
-small, on verse, goes by what is near, so recency looks better here than it is.
+small, on verse, goes by what is near, so recency looks better here than it is; the divergence from its own
+next tokens says how much has changed.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def held_out(path: Path) -> torch.Tensor:
 
 
 def ours(ids: torch.Tensor, windows: int | None) -> dict[str, float]:
-    """Return the change of perplexity in percent, by scorer and share, and the uncompressed perplexity."""
+    """Return the change of perplexity in percent and the divergence, by scorer and share."""
     model, _ = load_embedded_model()
     room = 4 * BATCH * (PREFIX + SCORED + 64)
     config = KVCacheConfig(max_tokens=room, compression_scorer="snapkv", _env_file=None)
@@ -66,13 +67,20 @@ def ours(ids: torch.Tensor, windows: int | None) -> dict[str, float]:
         )
     figures = {"whole_ppl": found["full precision"].perplexity}
     for setting in settings:
-        figures[figure(setting.scorer, setting.kept)] = 100 * found[str(setting)].change
+        name = figure(setting.scorer, setting.kept)
+        figures[name] = 100 * found[str(setting)].change
+        figures[divergence(name)] = found[str(setting)].divergence
     return figures
 
 
 def figure(scorer: CompressionScorer, kept: float) -> str:
     """Name a figure: keydiff_125_ppl is KeyDiff at 0.125."""
     return f"{scorer.value}_{f'{kept:g}'.partition('.')[2]}_ppl"
+
+
+def divergence(name: str) -> str:
+    """Name the figure beside it: how far the next tokens are from those behind the whole text, in nats."""
+    return f"{name.removesuffix('_ppl')}_kld"
 
 
 @torch.inference_mode()
@@ -117,7 +125,7 @@ def theirs(ids: torch.Tensor, windows: int | None) -> dict[str, float]:
 
 
 def table(figures: dict[str, float]) -> str:
-    """Return the figures as a table in Markdown: ours, and kvpress's behind a stroke."""
+    """Return the figures as a table in Markdown: ours, kvpress's behind a stroke, our divergence."""
     lines = [
         f"| scorer | {' | '.join(f'{kept:g}' for kept in KEPT)} |",
         f"| --- |{' ---: |' * len(KEPT)}",
@@ -129,7 +137,7 @@ def table(figures: dict[str, float]) -> str:
             cell = f"{figures[name]:+.2f} %"
             if (peer := figures.get(f"kvpress_{name}")) is not None:
                 cell += f" / {peer:+.2f} %"
-            cells.append(cell)
+            cells.append(f"{cell}; {figures[divergence(name)]:.4f}")
         lines.append(f"| `{scorer.value}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

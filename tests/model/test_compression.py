@@ -246,6 +246,27 @@ def test_left_padding_hides_what_was_removed_of_each_row(attachment: Attachment)
     assert session.get_seq_length() == LENGTH + 8
 
 
+def test_a_row_too_short_to_lose_anything_stays_whole_beside_others(attachment: Attachment) -> None:
+    ids = torch.cat([prompt(LENGTH), prompt(LENGTH, seed=5)])
+    mask = torch.ones_like(ids)
+    mask[0, : LENGTH - 20] = 0
+    session = attachment.cache.session("batch")
+    feed(attachment, session, ids, attention_mask=mask)
+    assert session.compress(0.4) == LENGTH - kept_tokens(LENGTH, 0.4)
+    step = prompt(6, seed=1).repeat(2, 1)
+    seen = torch.cat([mask, torch.ones_like(step)], dim=1)
+    found = feed(attachment, session, step, attention_mask=seen)
+    whole = torch.cat([ids[:1, LENGTH - 20 :], step[:1]], dim=1)
+    expected = feed(attachment, attachment.cache.session("whole"), whole)[:, -6:]
+    torch.testing.assert_close(found[:1], expected, atol=2e-4, rtol=1e-4)
+    alone = attachment.cache.session("alone")
+    feed(attachment, alone, ids[1:])
+    alone.compress(0.4)
+    torch.testing.assert_close(found[1:], feed(attachment, alone, step[1:]), atol=2e-4, rtol=1e-4)
+    with pytest.raises(UnsupportedError, match="compressed"):
+        session.export()
+
+
 def test_a_padded_batch_goes_on_generating(attachment: Attachment) -> None:
     ids = torch.cat([prompt(LENGTH), prompt(LENGTH, seed=5)])
     mask = torch.ones_like(ids)

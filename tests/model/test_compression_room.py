@@ -181,6 +181,20 @@ def test_a_failure_halfway_leaves_everything_as_it_was(monkeypatch: pytest.Monke
         assert attachment.cache.get_stats()["compressions"] == 0
 
 
+def own_way(*args: Any, **options: Any) -> torch.Tensor:
+    options["past_key_values"].reset()
+    return next(arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+def test_a_way_of_generating_that_leaves_no_text_is_no_error() -> None:
+    with attached(64, use_compression=True, compression_ratio=0.25) as attachment:
+        session = attachment.cache.session("a")
+        ids = prompt(LENGTH)
+        found = generate(attachment, ids, past_key_values=session, custom_generate=own_way)
+        assert torch.equal(found, ids)
+        assert attachment.cache.get_stats()["skipped_compressions"] == 1
+
+
 def test_plain_generate_is_never_compressed() -> None:
     with attached(64, use_compression=True, compression_ratio=0.25) as attachment:
         ids = prompt(LENGTH)

@@ -167,6 +167,21 @@ def test_turns_of_padded_batches_are_compressed_by_queries(scorer: str) -> None:
         )
 
 
+def test_the_last_queries_are_seen_whatever_others_had_cached() -> None:
+    with attached("snapkv", use_compression=True, compression_ratio=0.4) as attachment:
+        kept = []
+        for name in ("first", "second"):
+            session = attachment.cache.session(name)
+            attachment.model.generate(prompt(LENGTH), past_key_values=session, **GREEDY)
+            kept.append([layer.keys for layer in session.layers])
+        assert session.cached_tokens == [LENGTH - RECENT]
+        for first, second in zip(*kept, strict=True):
+            close(first, second)
+        short = attachment.cache.session("short")
+        attachment.model.generate(prompt(20), past_key_values=short, **GREEDY)
+        assert short.cached_tokens == [0]
+
+
 def test_queries_are_kept_for_those_who_asked_alone() -> None:
     with attached("keydiff") as attachment:
         session = attachment.cache.session("a")

@@ -226,7 +226,8 @@ class Rows:
 
     def reconsider(self, columns: int) -> None:
         """Have what is held from ``columns`` on computed all the same."""
-        if 0 <= columns < self.columns:
+        columns = max(columns, 0)
+        if columns < self.columns:
             found = sum(row.length for row in self.sequences)
             self.rewind(columns, self.known())
             self.cache.give_up(found - sum(row.length for row in self.sequences))

@@ -68,9 +68,15 @@ def compress(session: SessionRows, kept: float, scorer: CompressionScorer) -> in
 
 
 def compress_turn(session: SessionRows, kept: float, scorer: CompressionScorer) -> int:
-    """Compress behind a turn, if there is room: without, the session stays as it is, and that is counted."""
+    """Compress behind a turn, if that can be done: else the session stays as it is, and that is counted.
+
+    There may be no room, or, behind somebody's own way to generate, no text or no queries seen.
+    """
     try:
         return compress(session, kept, scorer)
+    except InvalidRequestError:
+        session.cache.compressed.skipped()
+        return 0
     except (CapacityError, MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

@@ -34,7 +34,7 @@ def export(rows: SessionRows, fingerprint: str | None, *, key: bytes = b"") -> b
     text = rows.text()
     layers = None
     # K and V alone do not go on from where layers keep a state, too: those are computed again.
-    if fingerprint is not None and rows.gap:
+    if fingerprint is not None and rows.rows is not None and rows.rows.is_compressed:
         raise UnsupportedError(
             f"session {rows.name!r} is compressed: its K and V are of no whole text, export(pages=False) "
             "gives its tokens"

@@ -63,7 +63,7 @@ class Holders:
             self._counts["removed_bytes"] += num_bytes
 
     def skipped(self) -> None:
-        """Count a compression for which there was no room."""
+        """Count a compression for which there was no room, or nothing to go by."""
         with self._lock:
             self._counts["skipped_compressions"] += 1
 
