@@ -15,3 +15,4 @@ mod lanes;
 pub mod quant;
 pub mod team;
 pub mod threads;
+mod transpose;

@@ -5,11 +5,13 @@ use std::ops::Range;
 use super::exp::{exp, soft_cap};
 use super::layer::{Bits, Cold, Layer, Query, Scoring};
 use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
+use super::many;
 use super::mix::{self, Mix};
 use super::rows::{Rows, Segment};
 use super::scores::{self, Tile};
 use crate::kernel::half::{Float, f16_to_f32, f32_to_bf16};
-use crate::kernel::isa::{Arith, Body};
+use crate::kernel::isa::Body;
+use crate::kernel::lanes::Words;
 
 /// Tokens whose weights are taken at once.
 const CHUNK: usize = 128;
@@ -26,6 +28,9 @@ pub(super) struct Scratch {
     page: Vec<f32>,
     scales: Vec<f32>,
     limits: Vec<(u32, u32)>,
+    many: many::Room,
+    /// Queries that are lanes, the first ones.
+    turned: usize,
     /// For each query: its largest score, the sum of its weights, and its weighted values.
     pub largest: Vec<f32>,
     pub total: Vec<f32>,
@@ -57,7 +62,7 @@ impl Body for Item<'_> {
     type Out = ();
 
     #[inline(always)]
-    fn run<A: Arith>(self) {
+    fn run<A: Words>(self) {
         let Item { layer, query, scoring, rows, segment, head, blocks, scratch } = self;
         let group = query.heads / layer.kv_heads;
         let count = segment.num_queries() * group;
@@ -72,6 +77,10 @@ impl Body for Item<'_> {
         let before = if dots { 1.0 } else { scoring.scale };
         let after = if dots { scoring.scale } else { 1.0 };
         prepare(scratch, query, rows, segment, head, group, width, layer.dim, before, scoring.window, dots);
+        scratch.turned = count / A::LANES * A::LANES;
+        if scratch.turned > 0 {
+            many::turn::<A>(&mut scratch.many, &scratch.queries, scratch.turned, width, layer.dim);
+        }
         let sums_width = (2 * layer.value_dim.div_ceil(2)).next_multiple_of(A::LANES);
         scratch.width = sums_width;
         room(&mut scratch.largest, count);
@@ -189,7 +198,7 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
 
 /// Scores of one page's tokens.
 #[inline(always)]
-unsafe fn score<A: Arith>(
+unsafe fn score<A: Words>(
     layer: &Layer,
     scratch: &mut Scratch,
     at: Place,
@@ -207,13 +216,13 @@ unsafe fn score<A: Arith>(
             let first = (page * layer.kv_heads + head) * layer.block * layer.dim;
             let keys = layer.keys.cast_const();
             match layer.float {
-                Float::F32 => scores::full::<A, AsF32>(tile, keys.cast::<f32>().add(first), at.tokens, layer.dim),
-                Float::F16 => scores::full::<A, AsF16>(tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
+                Float::F32 => plain::<A, AsF32>(scratch, tile, keys.cast::<f32>().add(first), at.tokens, layer.dim),
+                Float::F16 => plain::<A, AsF16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
                 Float::Bf16 if dots => {
                     let keys = keys.cast::<u16>().add(first);
                     scores::bf16_dots::<A>(tile, scratch.brief.as_ptr(), keys, at.tokens, layer.dim);
                 }
-                Float::Bf16 => scores::full::<A, AsBf16>(tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
+                Float::Bf16 => plain::<A, AsBf16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
             }
         } else if let Some(Cold { keys, bits, .. }) = layer.cold {
             let record = keys.add(((page - layer.pages as usize) * layer.kv_heads + head) * layer.key_bytes(bits));
@@ -247,6 +256,19 @@ unsafe fn score<A: Arith>(
     }
 }
 
+/// Scores over full precision: as many queries as fill vectors are lanes, the others rows.
+#[inline(always)]
+unsafe fn plain<A: Words, L: Load>(scratch: &mut Scratch, tile: Tile, keys: *const L::Raw, tokens: usize, dim: usize) {
+    let turned = scratch.turned;
+    // SAFETY: the caller's.
+    unsafe {
+        if turned > 0 {
+            many::score::<A, L>(&mut scratch.many, tile, turned, keys, tokens, dim);
+        }
+        scores::full::<A, L>(tile.below(turned), keys, tokens, dim);
+    }
+}
+
 /// # Safety
 /// As many float16 as there is room can be read.
 #[inline(always)]
@@ -260,7 +282,7 @@ unsafe fn halves(from: *const u8, to: &mut [f32]) {
 /// Turn a chunk's scores into weights, relative to the largest score so far (the online softmax of Milakov and
 /// Gimelshein), and what was summed before to the same measure.
 #[inline(always)]
-fn soften<A: Arith>(
+fn soften<A: Words>(
     scratch: &mut Scratch,
     scoring: &Scoring<'_>,
     queries: usize,
@@ -305,7 +327,7 @@ fn soften<A: Arith>(
 }
 
 #[inline(always)]
-fn largest<A: Arith>(scores: &[f32]) -> f32 {
+fn largest<A: Words>(scores: &[f32]) -> f32 {
     let mut lanes = A::splat(f32::NEG_INFINITY);
     for part in scores.chunks_exact(A::LANES) {
         // SAFETY: a whole vector.
@@ -318,7 +340,7 @@ fn largest<A: Arith>(scores: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn total<A: Arith>(weights: &[f32]) -> f32 {
+fn total<A: Words>(weights: &[f32]) -> f32 {
     let mut lanes = A::splat(0.0);
     for part in weights.chunks_exact(A::LANES) {
         // SAFETY: a whole vector.
@@ -329,7 +351,7 @@ fn total<A: Arith>(weights: &[f32]) -> f32 {
 
 /// Add one page's values, weighted.
 #[inline(always)]
-unsafe fn take<A: Arith>(layer: &Layer, scratch: &mut Scratch, at: Place, count: usize) {
+unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count: usize) {
     let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
     let weights = scratch.scores[at.offset..].as_ptr();
     let width = scratch.width;

@@ -10,6 +10,7 @@ mod exp;
 mod item;
 mod layer;
 mod loads;
+mod many;
 mod mix;
 mod rows;
 mod scores;

@@ -28,7 +28,7 @@ impl Tile {
     }
 
     #[inline(always)]
-    fn below(self, rows: usize) -> Self {
+    pub(super) fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
         let (queries, scores) = unsafe { (self.queries.add(rows * self.width), self.scores.add(rows * self.stride)) };
         Self { queries, scores, rows: self.rows - rows, ..self }

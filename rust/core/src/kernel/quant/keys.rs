@@ -6,7 +6,7 @@
 use super::format::Format;
 use super::number::{Number, Rows};
 use super::scales::{Scales, codes};
-use super::transpose::{to_columns, to_rows};
+use crate::kernel::transpose::{to_columns, to_rows};
 use crate::kernel::attend::Bits;
 use crate::kernel::lanes::Words;
 

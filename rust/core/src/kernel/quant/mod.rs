@@ -12,7 +12,6 @@ mod keys;
 mod number;
 mod outliers;
 mod scales;
-mod transpose;
 mod values;
 
 #[cfg(test)]
