@@ -103,11 +103,19 @@ impl Body for Item<'_> {
         let highest = scratch.limits[..segment.num_queries()].iter().map(|it| it.1).max().unwrap_or(0) as usize;
         let mut first = blocks.start.max(lowest / layer.block);
         let end = blocks.end.min(highest.div_ceil(layer.block));
+        let next = |block: usize| if block + 1 < end { table[block + 1] } else { u32::MAX };
         while first < end {
             let last = (first + per_chunk).min(end);
             for block in first..last {
                 let tokens = (highest - block * layer.block).min(layer.block);
-                let at = Place { page: table[block], head, offset: (block - first) * layer.block, stride, tokens };
+                let at = Place {
+                    page: table[block],
+                    head,
+                    offset: (block - first) * layer.block,
+                    stride,
+                    tokens,
+                    next: next(block),
+                };
                 // SAFETY: the page is there (checked with the rows), and all rooms were made above.
                 unsafe { score::<A>(layer, scratch, at, count, width, dots, after) };
             }
@@ -115,7 +123,14 @@ impl Body for Item<'_> {
             soften::<A>(scratch, scoring, segment.num_queries(), group, first * layer.block, tokens, stride);
             for block in first..last {
                 let tokens = (highest - block * layer.block).min(layer.block);
-                let at = Place { page: table[block], head, offset: (block - first) * layer.block, stride, tokens };
+                let at = Place {
+                    page: table[block],
+                    head,
+                    offset: (block - first) * layer.block,
+                    stride,
+                    tokens,
+                    next: next(block),
+                };
                 // SAFETY: likewise.
                 unsafe { take::<A>(layer, scratch, at, count) };
             }
@@ -132,6 +147,8 @@ struct Place {
     offset: usize,
     stride: usize,
     tokens: usize,
+    /// The page of the next block: what to ask memory for meanwhile.
+    next: u32,
 }
 
 /// Copy the queries of one KV head into the scratch, in float32 and scaled (or as they are, in bfloat16), and note
@@ -196,6 +213,16 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
     }
 }
 
+/// Where the next block's page of `width` lies, or null where it is no full one.
+#[inline(always)]
+fn next_page(layer: &Layer, pages: *mut u8, at: Place, width: usize) -> *const u8 {
+    if at.next >= layer.pages || at.page >= layer.pages {
+        return std::ptr::null();
+    }
+    let first = (at.next as usize * layer.kv_heads + at.head) * layer.block * width;
+    pages.cast_const().wrapping_add(first * layer.float.size())
+}
+
 /// Scores of one page's tokens.
 #[inline(always)]
 unsafe fn score<A: Words>(
@@ -209,7 +236,8 @@ unsafe fn score<A: Words>(
 ) {
     let (page, head) = (at.page as usize, at.head);
     let scores = scratch.scores[at.offset..].as_mut_ptr();
-    let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride };
+    let ahead = next_page(layer, layer.keys, at, layer.dim);
+    let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
         if at.page < layer.pages {
@@ -355,7 +383,8 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
     let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
     let weights = scratch.scores[at.offset..].as_ptr();
     let width = scratch.width;
-    let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width };
+    let ahead = next_page(layer, layer.values, at, dim);
+    let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
         if at.page < layer.pages {

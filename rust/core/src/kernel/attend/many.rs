@@ -3,7 +3,7 @@
 //! A key's number is multiplied with that of all queries at once, so that nothing is summed across lanes; with
 //! few queries that sum costs half as much as the products (`scores`), with many it is all there is to save.
 
-use super::loads::Load;
+use super::loads::{Load, ask_for};
 use super::scores::Tile;
 use super::unroll::each;
 use crate::kernel::lanes::Words;
@@ -73,6 +73,10 @@ pub(super) unsafe fn score<A: Words, L: Load>(
             let count = (tokens - token).min(A::LANES);
             let mut at = 0;
             while at < count {
+                if first == 0 && !tile.ahead.is_null() {
+                    let ahead = tile.ahead.cast::<L::Raw>().wrapping_add((token + at) * dim);
+                    ask_for::<A, _>(ahead, TOKENS.min(count - at) * dim);
+                }
                 // SAFETY: at most `tokens` keys are read; the table holds a square of the most lanes.
                 unsafe {
                     let key = room.keys.as_ptr().add((token + at) * dim);

@@ -3,7 +3,7 @@
 //! Lanes are channels. A tile of sums stays in registers over all tokens of the page; each value is loaded
 //! once for up to four queries.
 
-use super::loads::Load;
+use super::loads::{Load, ask_for};
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
@@ -15,6 +15,8 @@ pub(super) struct Mix {
     pub rows: usize,
     pub sums: *mut f32,
     pub width: usize,
+    /// The page that is read next, of the same shape, or null: its memory is asked for meanwhile.
+    pub ahead: *const u8,
 }
 
 impl Mix {
@@ -22,7 +24,7 @@ impl Mix {
     fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
         let (weights, sums) = unsafe { (self.weights.add(rows * self.stride), self.sums.add(rows * self.width)) };
-        Self { weights, sums, rows: self.rows - rows, ..self }
+        Self { weights, sums, rows: self.rows - rows, ahead: std::ptr::null(), ..self }
     }
 }
 
@@ -97,7 +99,10 @@ unsafe fn columns<A: Arith, L: Load, const R: usize, const W: usize>(
             each!(w < W, { sums[r][w] = A::load_f32(to[r].add(w * A::LANES)) });
         });
         let mut value = values.add(d);
+        let mut ahead = if d == 0 { mix.ahead.cast::<L::Raw>() } else { std::ptr::null() };
         for t in 0..tokens {
+            ask_for::<A, _>(ahead, dim);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(dim) };
             let mut v = [A::splat(0.0); W];
             each!(w < W, { v[w] = L::vector::<A>(value.add(w * A::LANES)) });
             each!(r < R, {

@@ -3,7 +3,7 @@
 //! Tiles of four tokens by up to four queries stay in registers: each key is loaded once for all of them, and
 //! four sums are taken at once.
 
-use super::loads::Load;
+use super::loads::{Load, ask_for};
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
@@ -15,6 +15,8 @@ pub(super) struct Tile {
     pub rows: usize,
     pub scores: *mut f32,
     pub stride: usize,
+    /// The page that is read next, of the same shape, or null: its memory is asked for meanwhile.
+    pub ahead: *const u8,
 }
 
 impl Tile {
@@ -31,7 +33,8 @@ impl Tile {
     pub(super) fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
         let (queries, scores) = unsafe { (self.queries.add(rows * self.width), self.scores.add(rows * self.stride)) };
-        Self { queries, scores, rows: self.rows - rows, ..self }
+        let ahead = if rows == 0 { self.ahead } else { std::ptr::null() };
+        Self { queries, scores, rows: self.rows - rows, ahead, ..self }
     }
 }
 
@@ -62,12 +65,15 @@ pub(super) unsafe fn full<A: Arith, L: Load>(tile: Tile, keys: *const L::Raw, to
 unsafe fn full_rows<A: Arith, L: Load, const R: usize>(tile: Tile, keys: *const L::Raw, tokens: usize, dim: usize) {
     let whole = dim - dim % A::LANES;
     let queries = tile.each_query::<R>();
+    let mut ahead = tile.ahead.cast::<L::Raw>();
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens` and `d + LANES <= whole <= dim` within the loops; the caller's otherwise.
     unsafe {
         while token + 4 <= tokens {
             let key = keys.add(token * dim);
             let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
+            ask_for::<A, _>(ahead, 4 * dim);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(4 * dim) };
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < whole {
@@ -143,6 +149,7 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
     tokens: usize,
     dim: usize,
 ) {
+    let mut ahead = tile.ahead.cast::<u16>();
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens`, and `dim` is a multiple of the step of `d`.
     unsafe {
@@ -151,6 +158,8 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
         while token + 4 <= tokens {
             let key = keys.add(token * dim);
             let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
+            ask_for::<A, _>(ahead, 4 * dim);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(4 * dim) };
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < dim {

@@ -43,6 +43,10 @@ pub trait Arith: Copy + 'static {
         v.map(Self::sum)
     }
 
+    /// Ask for a line of memory that will be read soon; any address will do.
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
+
     /// # Safety
     /// `LANES` numbers can be read.
     unsafe fn load_f32(from: *const f32) -> Self::V;

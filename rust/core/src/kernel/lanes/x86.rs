@@ -70,6 +70,11 @@ impl Arith for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
     unsafe fn load_f32(from: *const f32) -> Self::V {
         unsafe { _mm256_loadu_ps(from) }
     }
@@ -172,6 +177,11 @@ impl<const DOTS: bool> Arith for Wide<DOTS> {
     #[inline(always)]
     fn sums(v: [Self::V; 4]) -> [f32; 4] {
         Avx2::sums([halves_added(v[0]), halves_added(v[1]), halves_added(v[2]), halves_added(v[3])])
+    }
+
+    #[inline(always)]
+    fn prefetch(line: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
     }
 
     #[inline(always)]
