@@ -6,9 +6,9 @@
 use super::format::Format;
 use super::number::{Number, Rows};
 use super::scales::{Scales, codes};
-use crate::kernel::transpose::{to_columns, to_rows};
 use crate::kernel::attend::Bits;
 use crate::kernel::lanes::Words;
+use crate::kernel::transpose::{to_columns, to_rows};
 
 /// Tokens whose codes make a word; of 4 bits, as many more half a page on.
 const TOKENS: usize = 4;
