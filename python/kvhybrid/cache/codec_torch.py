@@ -123,7 +123,9 @@ def _rounded_down(numbers: torch.Tensor) -> torch.Tensor:
 def _exponents(full: torch.Tensor) -> torch.Tensor:
     """Return int32 ``[count, heads, width]``: how often outlier channels are halved."""
     largest = full.abs().amax(2)
-    median = largest.median(-1, keepdim=True).values
+    # Sorted, for torch's own median is refused on CUDA where deterministic algorithms are asked for.
+    middle = (largest.shape[-1] - 1) // 2
+    median = largest.sort(-1).values[..., middle : middle + 1]
     ratio = largest / median
     exponents = ratio.log2().round().clamp(0, MOST_EXPONENT)
     return torch.where((ratio > OUTLIER_RATIO) & (median > 0), exponents, 0.0).to(torch.int32)

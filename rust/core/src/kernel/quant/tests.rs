@@ -6,6 +6,7 @@ use super::*;
 use crate::kernel::attend::Bits;
 use crate::kernel::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::kernel::team::Alone;
+use crate::kernel::threads::Threads;
 
 const FORMATS: [(Part, Bits); 4] =
     [(Part::Keys, Bits::Eight), (Part::Keys, Bits::Four), (Part::Values, Bits::Eight), (Part::Values, Bits::Four)];
@@ -206,20 +207,21 @@ fn pages_go_where_their_ids_say_whoever_does_the_work() {
     let (heads, size, bytes) = (3, 16 * 5 * 4, format.bytes());
     let (_, mut pages) = stored(&noise(4 * heads * 80, 5), Float::F32);
     let mut records = vec![0xee; 5 * heads * bytes];
-    let work = Work {
-        format,
-        heads,
-        pages: Pages {
-            start: pages.as_mut_ptr(),
-            float: Float::F32,
-            strides: [(heads * size) as isize, size as isize, 20],
-        },
-        page_ids: &[3, 0],
-        records: records.as_mut_ptr(),
-        record_ids: &[1, 4],
-    };
-    // SAFETY: four pages and five records of three heads each.
-    assert_eq!(unsafe { quantize(&work, Isa::best(), &Alone) }, [false, false]);
+    let mut once = records.clone();
+    for (records, team) in [(&mut records, &Threads::new(3) as &dyn Team), (&mut once, &Alone)] {
+        let strides = [(heads * size) as isize, size as isize, 20];
+        let work = Work {
+            format,
+            heads,
+            pages: Pages { start: pages.as_mut_ptr(), float: Float::F32, strides },
+            page_ids: &[3, 0],
+            records: records.as_mut_ptr(),
+            record_ids: &[1, 4],
+        };
+        // SAFETY: four pages and five records of three heads each.
+        assert_eq!(unsafe { quantize(&work, Isa::best(), team) }, [false, false]);
+    }
+    assert_eq!(records, once);
     for (page, record) in [(3, 1), (0, 4)] {
         for head in 0..heads {
             let alone = record_of(format, &mut pages[(page * heads + head) * size..][..size], Float::F32, Isa::best());
