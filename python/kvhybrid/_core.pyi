@@ -295,7 +295,8 @@ class PagePool:
         follows the last full block, is found again; else full blocks only.
 
         ``policy``: ``lru``, or ``adaptive``, which learns what is wanted again. It does so in a thread of its
-        own, now and then; ``seed`` chooses which blocks it samples."""
+        own, now and then; ``seed`` chooses which blocks it samples. ``survival``, to compare, is the same
+        without the guard that sets recency back in."""
     @property
     def num_pages(self) -> int:
         """Pages of both kinds."""

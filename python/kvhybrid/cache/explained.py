@@ -45,7 +45,7 @@ class Explanation:
 
 
 def explain(pool: PagePool, tokens: Tokens, namespaces: Sequence[int]) -> Explanation:
-    """Return the explanation of the namespace that knows most of ``tokens``; of none, that it was never seen."""
+    """Return the explanation of the namespace that knows most of ``tokens``; of none, never seen."""
     # A number that is never given out: asked for the length, and to refuse what are no token ids.
     found = [Explanation(**pool.explain(tokens, namespace)) for namespace in [2**64 - 1, *namespaces]]
     return max(found, key=lambda each: (each.cached + each.evicted, each.cached))

@@ -225,9 +225,9 @@ class KVCache:
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
         ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
         ``learned_order_rules`` is 1 while pages leave in the learned order, 0 while in order of recency, by
-        what would have hit more lately: ``shadow_hit_rate_survival`` or ``shadow_hit_rate_lru``. Of models with layers that keep a
-        state: ``states`` held, ``state_bytes`` within ``state_capacity_bytes``, ``restored_states`` and
-        ``evicted_states``.
+        what would have hit more lately: ``shadow_hit_rate_survival`` or ``shadow_hit_rate_lru``. Of models
+        with layers that keep a state: ``states`` held, ``state_bytes`` within ``state_capacity_bytes``,
+        ``restored_states`` and ``evicted_states``.
         """
         counters = self.pool.statistics()
         used = counters["num_pages"] - counters["free_pages"]

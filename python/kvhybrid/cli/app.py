@@ -89,6 +89,25 @@ def doctor(
 
 
 @app.command()
+def record(
+    prompts: Annotated[
+        Path, typer.Argument(help='Requests as JSON lines, {"text": ...} and what else one may say.')
+    ],
+    out: Annotated[Path, typer.Argument(help="The trace to write, a new file; gzip'd when it ends in .gz.")],
+    model: Model = None,
+    device: Device = "cpu",
+    max_length: Annotated[
+        int, typer.Option(min=1, max=2048, help="Most new tokens, where a request does not say.")
+    ] = 64,
+) -> None:
+    """Serve requests and record them for `simulate`: hashes, lengths and times, no text."""
+    from kvhybrid.cli.record import run_record
+
+    with _clear_errors():
+        run_record(prompts, out, model=model, device=device, max_length=max_length)
+
+
+@app.command()
 def simulate(
     traces: Annotated[
         list[Path], typer.Argument(metavar="TRACE...", help="Recorded workloads, gzip'd or not.")

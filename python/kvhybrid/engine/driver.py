@@ -6,6 +6,7 @@ takes longer is the lane's, in its thread.
 
 from __future__ import annotations
 
+import logging
 import time
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from kvhybrid.errors import ClosedError
 
 if TYPE_CHECKING:
     from kvhybrid.engine.lane import Lane, Outcome
+    from kvhybrid.engine.recorder import Recorder
     from kvhybrid.engine.running import Running
     from kvhybrid.engine.scheduler import Scheduler
     from kvhybrid.engine.ticket import Ticket
@@ -35,6 +37,7 @@ class Driver:
     def __init__(self, lane: Lane, scheduler: Scheduler, max_running: int) -> None:
         self.max_running = max_running
         self.statistics = Statistics()
+        self.recorder: Recorder | None = None
         self.is_running = True
         self.has_ended = anyio.Event()
         self._lane = lane
@@ -131,6 +134,7 @@ class Driver:
             if reason is not None:
                 del self._tickets[running.key]
                 self.statistics.completed += 1
+                self._record(running)
                 self.statistics.time_to_first_token.add(ticket.time_to_first_token_ms)
                 self.statistics.latency.add(ticket.latency_ms)
         for running, error in outcome.failed:
@@ -143,6 +147,16 @@ class Driver:
                 self._leave(running)
             else:
                 self._scheduler.push([running])
+
+    def _record(self, running: Running) -> None:
+        if self.recorder is None:
+            return
+        try:
+            self.recorder.record(running)
+        except OSError:
+            # A full disk must not cost an answer; what was written so far is a trace.
+            logging.getLogger(__name__).exception("recording has ended: the file cannot be written")
+            self.recorder = None
 
     def _leave(self, running: Running) -> None:
         self.statistics.cancelled += 1

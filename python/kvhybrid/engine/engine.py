@@ -7,6 +7,7 @@ nothing outlives ``async with``.
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
@@ -16,6 +17,7 @@ from kvhybrid.engine.door import Door
 from kvhybrid.engine.driver import Driver
 from kvhybrid.engine.intake import Intake
 from kvhybrid.engine.lane import Lane
+from kvhybrid.engine.recorder import Recorder
 from kvhybrid.engine.request import Request, check_names
 from kvhybrid.engine.scheduler import Scheduler
 from kvhybrid.engine.session import Session
@@ -28,7 +30,6 @@ from kvhybrid.model.threads import in_own_thread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
     from types import TracebackType
 
     import torch
@@ -118,6 +119,7 @@ class KVEngine:
             # Our task group is told of no error: it would hand the caller's own back inside a group.
             await self._tasks.__aexit__(None, None, None)
         finally:
+            self.stop_recording()
             self._runner.close()
             self.cache.close()
             self._sessions.clear()
@@ -186,6 +188,26 @@ class KVEngine:
         known = pages["free_pages"] + pages["mutable_pages"] + pages["sealed_pages"]
         books = f"{known} of {pages['num_pages']} pages are accounted for, {pages['free_pages']} of them free"
         return Health.of(**self._driver.checks(), cache=(known == pages["num_pages"], books))
+
+    def record(self, path: Path | str) -> Recorder:
+        """Write what is served from now on to a new file, for ``kvhybrid simulate``; hashes only, no text.
+
+        A request is written when it has ended, with its time, its lengths, and its prompt's blocks as
+        numbers. Closing the recorder, or the engine, finishes the file. Raises ``OSError`` when there is one.
+        """
+        self._serving()
+        assert self._driver is not None
+        self.stop_recording()
+        config = self.cache.config
+        block_size, by_tenant = self.cache.layout.block_size, config.tenant_isolation
+        self._driver.recorder = Recorder(Path(path), block_size=block_size, by_tenant=by_tenant)
+        return self._driver.recorder
+
+    def stop_recording(self) -> None:
+        """Finish the file that ``record`` began. Nothing happens when there is none."""
+        if self._driver is not None and self._driver.recorder is not None:
+            self._driver.recorder.close()
+            self._driver.recorder = None
 
     def get_stats(self) -> dict[str, int | float]:
         """Return the cache's statistics and the engine's, flat and JSON-ready.

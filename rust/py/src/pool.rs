@@ -51,13 +51,18 @@ impl Shared {
     }
 }
 
-/// True for the policy that learns, false for recency.
-pub fn is_adaptive(policy: &str) -> PyResult<bool> {
+/// Set who must leave first: recency, or the learned order, with its guard or, to compare, without.
+pub fn set_policy(pool: &mut Pool, policy: &str, options: Adaptive) -> PyResult<()> {
     match policy {
-        "lru" => Ok(false),
-        "adaptive" => Ok(true),
-        _ => Err(PyValueError::new_err(format!("policy must be 'lru' or 'adaptive', not '{policy}'"))),
+        "lru" => {}
+        "adaptive" => pool.adapt(options),
+        "survival" => pool.adapt(Adaptive { is_unguarded: true, ..options }),
+        _ => {
+            let message = format!("policy must be 'lru', 'adaptive' or 'survival', not '{policy}'");
+            return Err(PyValueError::new_err(message));
+        }
     }
+    Ok(())
 }
 
 /// Who rules in a pool, and by how much.
@@ -95,9 +100,8 @@ impl PagePool {
         seed: Option<u64>,
     ) -> PyResult<Self> {
         let mut pool = Pool::with_quantized(num_pages, num_quantized, block_size, keep_tails).map_err(raised)?;
-        if is_adaptive(policy)? {
-            pool.adapt(Adaptive { seed, token_weight: 1, learns_at_once: false, is_unguarded: false });
-        }
+        let options = Adaptive { seed, token_weight: 1, learns_at_once: false, is_unguarded: false };
+        set_policy(&mut pool, policy, options)?;
         let num_pages = pool.num_pages();
         Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, block_size })
     }

@@ -9,7 +9,7 @@ use pyo3::types::PyDict;
 
 use crate::buffers::with_int64;
 use crate::errors::{poisoned, raised};
-use crate::pool::{is_adaptive, rule};
+use crate::pool::{rule, set_policy};
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Trace(Mutex<Arc<kvhybrid_core::Trace>>);
@@ -94,10 +94,9 @@ impl Replay {
     fn new(trace: &Bound<'_, Trace>, num_blocks: usize, policy: &str, seed: u64) -> PyResult<Self> {
         let trace = trace.get().shared()?;
         let mut pool = Pool::new(num_blocks, 1, false).map_err(raised)?;
-        if is_adaptive(policy)? {
-            let token_weight = trace.block_tokens() as u32;
-            pool.adapt(Adaptive { seed: Some(seed), token_weight, learns_at_once: true, is_unguarded: false });
-        }
+        let token_weight = trace.block_tokens() as u32;
+        let options = Adaptive { seed: Some(seed), token_weight, learns_at_once: true, is_unguarded: false };
+        set_policy(&mut pool, policy, options)?;
         Ok(Self { trace, replay: Mutex::new(kvhybrid_core::Replay::new(pool)) })
     }
 

@@ -99,7 +99,7 @@ impl Survival {
         Self {
             standings: vec![Standing::default(); num_pages],
             ranking: Ranking::new(weights),
-            records: Records::default(),
+            records: Records::new(num_pages),
             score: Score::new(),
             curves: Curves::new(),
             guard: Guard::new(shadows.capacity(), is_unguarded),

@@ -8,6 +8,9 @@ pub(super) const RECORDS: usize = 1 << 15;
 /// Records a text, on average: its blocks fare alike, so more of them say little new, and leave less room
 /// for other texts.
 const RECORDS_A_TEXT: u64 = 4;
+/// Pages of the pool for which the blocks that the records were sampled from must suffice so many times: what
+/// is wanted again after a page's usual stay must be seen to be.
+const STAYS: usize = 16;
 /// Records after which there is an average to go by.
 const ENOUGH: u64 = 1024;
 
@@ -40,6 +43,12 @@ pub(super) struct Records {
 }
 
 impl Records {
+    /// For a pool of so many pages.
+    pub(super) fn new(num_pages: usize) -> Self {
+        let rate = (STAYS * num_pages / RECORDS).clamp(1, 256);
+        Self { mask: ((1u64 << rate.ilog2()) - 1) as u8, ..Self::default() }
+    }
+
     pub(super) fn is_sampled(&self, key: u64) -> bool {
         key as u8 & self.mask == 0
     }
