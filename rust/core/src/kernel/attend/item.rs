@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use super::exp::{exp, soft_cap};
 use super::layer::{Bits, Cold, Layer, Query, Scoring};
 use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
 use super::many;
 use super::mix::{self, Mix};
 use super::rows::{Rows, Segment};
 use super::scores::{self, Tile};
+use super::soften::soften;
 use crate::kernel::half::{Float, f16_to_f32, f32_to_bf16};
 use crate::kernel::isa::Body;
 use crate::kernel::lanes::Words;
@@ -23,11 +23,12 @@ pub(super) struct Scratch {
     brief: Vec<u16>,
     folded: Vec<f32>,
     bias: Vec<f32>,
-    scores: Vec<f32>,
+    pub scores: Vec<f32>,
     weights: Vec<f32>,
     page: Vec<f32>,
     scales: Vec<f32>,
-    limits: Vec<(u32, u32)>,
+    /// First and one past the last position that each new token sees.
+    pub limits: Vec<(u32, u32)>,
     many: many::Room,
     /// Queries that are lanes, the first ones.
     turned: usize,
@@ -213,14 +214,16 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
     }
 }
 
-/// Where the next block's page of `width` lies, or null where it is no full one.
+/// Where a head's part of the next block's page lies, or null where that is a page of another kind: `width`
+/// numbers a token of a full one, else a record of `bytes` behind `cold`.
 #[inline(always)]
-fn next_page(layer: &Layer, pages: *mut u8, at: Place, width: usize) -> *const u8 {
-    if at.next >= layer.pages || at.page >= layer.pages {
-        return std::ptr::null();
+fn next_part(layer: &Layer, full: *mut u8, width: usize, cold: *const u8, bytes: usize, at: Place) -> *const u8 {
+    let part = |page: u32| page as usize * layer.kv_heads + at.head;
+    match (at.page < layer.pages, at.next < layer.pages) {
+        (true, true) => full.cast_const().wrapping_add(part(at.next) * layer.block * width * layer.float.size()),
+        (false, false) if at.next != u32::MAX => cold.wrapping_add(part(at.next - layer.pages) * bytes),
+        _ => std::ptr::null(),
     }
-    let first = (at.next as usize * layer.kv_heads + at.head) * layer.block * width;
-    pages.cast_const().wrapping_add(first * layer.float.size())
 }
 
 /// Scores of one page's tokens.
@@ -236,7 +239,8 @@ unsafe fn score<A: Words>(
 ) {
     let (page, head) = (at.page as usize, at.head);
     let scores = scratch.scores[at.offset..].as_mut_ptr();
-    let ahead = next_page(layer, layer.keys, at, layer.dim);
+    let (cold, bytes) = layer.cold.map_or((std::ptr::null(), 0), |cold| (cold.keys, layer.key_bytes(cold.bits)));
+    let ahead = next_part(layer, layer.keys, layer.dim, cold, bytes, at);
     let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
@@ -307,83 +311,14 @@ unsafe fn halves(from: *const u8, to: &mut [f32]) {
     }
 }
 
-/// Turn a chunk's scores into weights, relative to the largest score so far (the online softmax of Milakov and
-/// Gimelshein), and what was summed before to the same measure.
-#[inline(always)]
-fn soften<A: Words>(
-    scratch: &mut Scratch,
-    scoring: &Scoring<'_>,
-    queries: usize,
-    group: usize,
-    first: usize,
-    tokens: usize,
-    stride: usize,
-) {
-    let padded = tokens.next_multiple_of(A::LANES);
-    for query in 0..queries {
-        let (low, high) = scratch.limits[query];
-        let low = (low as usize).saturating_sub(first).min(tokens);
-        let high = (high as usize).saturating_sub(first).min(tokens);
-        for r in query * group..(query + 1) * group {
-            let scores = &mut scratch.scores[r * stride..][..padded];
-            if let Some(cap) = scoring.soft_cap {
-                for score in &mut scores[..tokens] {
-                    *score = soft_cap::<A>(*score, cap);
-                }
-            }
-            scores[..low.min(high)].fill(f32::NEG_INFINITY);
-            scores[high..].fill(f32::NEG_INFINITY);
-            let before = scratch.largest[r];
-            let largest = largest::<A>(scores).max(before);
-            if largest == f32::NEG_INFINITY {
-                scores.fill(0.0); // nothing seen yet, and infinity less infinity is no number
-                continue;
-            }
-            for score in scores.iter_mut() {
-                *score = exp::<A>(*score - largest);
-            }
-            let kept = exp::<A>(before - largest);
-            scratch.total[r] = A::mul_add(scratch.total[r], kept, total::<A>(scores));
-            if before < largest {
-                scratch.largest[r] = largest;
-                for sum in &mut scratch.sums[r * scratch.width..][..scratch.width] {
-                    *sum *= kept;
-                }
-            }
-        }
-    }
-}
-
-#[inline(always)]
-fn largest<A: Words>(scores: &[f32]) -> f32 {
-    let mut lanes = A::splat(f32::NEG_INFINITY);
-    for part in scores.chunks_exact(A::LANES) {
-        // SAFETY: a whole vector.
-        lanes = A::max(lanes, unsafe { A::load_f32(part.as_ptr()) });
-    }
-    let mut out = [f32::NEG_INFINITY; 16];
-    // SAFETY: no vector has more lanes.
-    unsafe { A::store(out.as_mut_ptr(), lanes) };
-    out.into_iter().fold(f32::NEG_INFINITY, f32::max)
-}
-
-#[inline(always)]
-fn total<A: Words>(weights: &[f32]) -> f32 {
-    let mut lanes = A::splat(0.0);
-    for part in weights.chunks_exact(A::LANES) {
-        // SAFETY: a whole vector.
-        lanes = A::add(lanes, unsafe { A::load_f32(part.as_ptr()) });
-    }
-    A::sum(lanes)
-}
-
 /// Add one page's values, weighted.
 #[inline(always)]
 unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count: usize) {
     let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
     let weights = scratch.scores[at.offset..].as_ptr();
     let width = scratch.width;
-    let ahead = next_page(layer, layer.values, at, dim);
+    let (cold, bytes) = layer.cold.map_or((std::ptr::null(), 0), |cold| (cold.values, layer.value_bytes(cold.bits)));
+    let ahead = next_part(layer, layer.values, dim, cold, bytes, at);
     let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {

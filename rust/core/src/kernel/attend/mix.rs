@@ -189,7 +189,10 @@ unsafe fn nibbles<A: Arith, const R: usize, const W: usize>(
             });
         });
         let mut code = codes.add(j);
+        let mut ahead = if j == 0 { mix.ahead } else { std::ptr::null() };
         for t in 0..tokens {
+            ask_for::<A, _>(ahead, half);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(half) };
             let mut v = [(A::splat(0.0), A::splat(0.0)); W];
             each!(w < W, { v[w] = A::load_u4(code.add(w * A::LANES)) });
             each!(r < R, {

@@ -14,6 +14,7 @@ mod many;
 mod mix;
 mod rows;
 mod scores;
+mod soften;
 mod unroll;
 
 use std::cell::RefCell;

@@ -288,10 +288,13 @@ unsafe fn eights<A: Arith, const R: usize, const W: usize>(
         let mut sums = [[A::splat(0.0); W]; R];
         each!(r < R, { sums[r] = [A::splat(*bias.add(r)); W] });
         let queries = tile.each_query::<R>();
+        let mut ahead = if token == 0 { tile.ahead } else { std::ptr::null() };
         let mut code = codes;
         for d in 0..dim {
             let mut k = [A::splat(0.0); W];
             each!(w < W, { k[w] = A::load_u8(code.add(w * A::LANES)) });
+            ask_for::<A, _>(ahead, block);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(block) };
             each!(r < R, {
                 let q = A::splat(*queries[r].add(d));
                 each!(w < W, { sums[r][w] = A::fma(k[w], q, sums[r][w]) });
@@ -320,10 +323,13 @@ unsafe fn fours<A: Arith, const R: usize, const W: usize>(
         each!(r < R, { low[r] = [A::splat(*bias.add(r)); W] });
         let mut high = low;
         let queries = tile.each_query::<R>();
+        let mut ahead = if token == 0 { tile.ahead } else { std::ptr::null() };
         let mut code = codes;
         for d in 0..dim {
             let mut k = [(A::splat(0.0), A::splat(0.0)); W];
             each!(w < W, { k[w] = A::load_u4(code.add(w * A::LANES)) });
+            ask_for::<A, _>(ahead, block / 2);
+            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(block / 2) };
             each!(r < R, {
                 let q = A::splat(*queries[r].add(d));
                 each!(w < W, {
