@@ -97,7 +97,7 @@ class Life:
         self.ids = self.ids[:, :columns]
         if self.past.gap and columns < self.front:
             self.whole()
-        else:
+        elif columns < total:  # to transformers 4 a crop by 0 is a crop to 0
             self.past.crop(columns - total)
 
     def evict(self) -> None:
