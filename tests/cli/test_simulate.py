@@ -125,6 +125,18 @@ def test_recorded_traces_give_the_reference_figures(name: str) -> None:
     assert {row["size"]: round(row["hit_ratio"] / 100, 5) for row in found} == expected
 
 
+@pytest.mark.parametrize("name", ["mooncake_conversation_h1.jsonl.gz", "cache2k_web07.txt.gz"])
+def test_on_recorded_traces_the_learned_order_is_nowhere_far_below_recency(name: str) -> None:
+    if not (RECORDED / name).exists():
+        pytest.skip("the recorded traces are not at hand")
+    sizes = ["--size", "0.1%,1%,5%,25%,50%"]
+    found = outcomes(RECORDED / name, *REFERENCE[name][0], *sizes, "--policy", "lru,adaptive")
+    recent, learned = ([row["hit_ratio"] for row in found if row["policy"] == p] for p in ("lru", "adaptive"))
+    assert all(ours >= theirs - 0.2 for ours, theirs in zip(learned, recent, strict=True))
+    assert learned[1] > recent[1] + 2
+    assert learned[2] > recent[2] + 2
+
+
 def test_a_flat_trace_is_one_block_a_request(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt.gz"
     path.write_bytes(gzip.compress(b'{"name": "keys", "flat": true}\n1\n2\n1\n3\n2\n'))
