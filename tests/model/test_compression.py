@@ -267,6 +267,21 @@ def test_a_row_too_short_to_lose_anything_stays_whole_beside_others(attachment: 
         session.export()
 
 
+def test_a_padded_batch_of_a_model_that_counts_columns_itself_is_refused(
+    attachment: Attachment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.cat([prompt(LENGTH), prompt(LENGTH, seed=5)])
+    mask = torch.ones_like(ids)
+    mask[0, :31] = 0
+    session = attachment.cache.session("batch")
+    feed(attachment, session, ids, attention_mask=mask)
+    session.compress(0.4)
+    monkeypatch.setattr(attachment._stepping, "_parameters", ["input_ids", "attention_mask"])
+    with pytest.raises(UnsupportedError, match="padded batch of a model without position_ids"):
+        feed(attachment, session, ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], dim=1))
+    assert session.get_seq_length() == LENGTH
+
+
 def test_a_padded_batch_goes_on_generating(attachment: Attachment) -> None:
     ids = torch.cat([prompt(LENGTH), prompt(LENGTH, seed=5)])
     mask = torch.ones_like(ids)

@@ -110,6 +110,12 @@ class Stepping:
         assert rows.rows is not None
         ids = call["input_ids"]
         if (seen := rows.rows.seen(ids.shape[1])) is not None:
+            if "position_ids" not in self._parameters:
+                # Such models (RoFormer) place masks by their own count of columns.
+                raise UnsupportedError(
+                    "a compressed session cannot take a padded batch of a model without position_ids: "
+                    "reset it, and give each text a session of its own"
+                )
             call["attention_mask"] = torch.from_numpy(seen).to(ids.device, torch.long)
         given = call.get("position_ids")
         columns = call.get("cache_position")
