@@ -67,7 +67,7 @@ def assert_within_half_a_step(codec, kind, pages, records):
         steps, numbers = steps_and_numbers(record, codec.bits, kind, block, width)
         true = page.double().numpy()
         # Codes are computed in float32: their distance is half a step and what that rounds.
-        bound = steps * (0.5 + 1e-4) + np.abs(true) * 2.0**-23 + 2.0**-148
+        bound = steps * (0.5 + 1e-4) + np.abs(true) * 2.0**-23 + 2.0**-80
         assert (np.abs(numbers - true) <= bound).all()
         if kind == "keys":
             # The range is divided into all levels, but for what rounding scale and minimum outwards costs.

@@ -103,7 +103,9 @@ def _encode(groups: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
     levels = 2**bits - 1
     minimum = _rounded_down(groups.amin(-1))
     low = minimum.float()
-    scale = -_rounded_down(-(groups.amax(-1) - low) / levels)
+    span = groups.amax(-1) - low
+    # A span so small that a part of it is nothing to float32 has the smallest scale, too.
+    scale = -_rounded_down(-torch.maximum(span / levels, span.clamp(max=2.0**-24)))
     step = scale.float()
     inverse = torch.where(step > 0, 1 / step, 0.0)
     codes = ((groups - low.unsqueeze(-1)) * inverse.unsqueeze(-1)).round()

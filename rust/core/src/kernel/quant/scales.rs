@@ -33,7 +33,10 @@ impl Scales {
             A::store_f16_down(minimum, smallest);
             let low = A::load_f16(minimum);
             // Rounding up is rounding the negative down.
-            A::store_f16_down(scale, A::mul(A::sub(largest, low), A::splat(-1.0 / levels)));
+            let range = A::sub(largest, low);
+            // A range so small that a part of it is nothing to float32 has the smallest scale, too.
+            let part = A::max(A::mul(range, A::splat(1.0 / levels)), A::min(range, A::splat(TINY)));
+            A::store_f16_down(scale, A::mul(part, A::splat(-1.0)));
             let step = A::max(A::mul(A::load_f16(scale), A::splat(-1.0)), A::splat(TINY));
             (low, A::div(A::splat(1.0), step))
         }

@@ -157,6 +157,15 @@ fn what_is_constant_is_exact_where_float16_has_it() {
 }
 
 #[test]
+fn an_outlier_among_the_smallest_numbers_of_float32_is_not_lost() {
+    for (part, bits) in FORMATS {
+        let format = Format { part, bits, block: 16, width: 2 };
+        let numbers: Vec<f32> = (0..32).map(|i| if i % 6 < 4 { 0.0 } else { [1.2e-38, 1e-45][i % 2] }).collect();
+        assert!(check(format, &numbers, Float::F32));
+    }
+}
+
+#[test]
 fn one_number_that_is_none_refuses_its_page_wherever_it_stands() {
     for (part, bits) in FORMATS {
         let format = Format { part, bits, block: 16, width: 19 };
