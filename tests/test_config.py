@@ -64,8 +64,6 @@ WRONG = {
 # A value in range of each field whose feature is not there yet.
 ASKED = {
     "cache_strategy": CacheStrategy.PAGED,
-    "use_quantization": True,
-    "quantization_bits": 8,
     "enable_persistence": True,
     "persistence_path": "somewhere",
     "host_memory_mb": 64,
@@ -332,3 +330,29 @@ def test_anything_else_is_a_typed_error(values):
         assert any(name in str(error) for name in values)  # noqa: PT017  # success is fine too
     else:
         assert config.max_tokens >= config.block_size
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantization_is_taken_with_its_bits(bits):
+    assert KVCacheConfig(use_quantization=True, quantization_bits=bits).stored_bits == bits
+    assert KVCacheConfig().stored_bits is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"use_quantization": True}, "says nothing with quantization_bits=16; must be 4 or 8"),
+        ({"quantization_bits": 8}, "quantization_bits=8: says nothing without use_quantization=True"),
+        (
+            {"use_quantization": True, "quantization_bits": 8, "block_size": 8},
+            "block_size=8: must be at least 16",
+        ),
+        (
+            {"use_quantization": True, "quantization_bits": 4, "reproducible": True},
+            "reproducible=True: not with use_quantization=True",
+        ),
+    ],
+)
+def test_quantization_that_cannot_be_is_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        KVCacheConfig(**values)

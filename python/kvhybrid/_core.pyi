@@ -99,8 +99,8 @@ class Sequence:
         Blocks that a raised bound admits are sealed by the next commit.
         """
     def freeze(self, length: int) -> None:
-        """Say that the first ``length`` tokens are final: pages of whole blocks of them may be quantized
-        though they are never sealed (``share=False``). Sealed ones always may."""
+        """Say that the first ``length`` tokens are written: pages of whole blocks of them may be quantized
+        though they are never sealed (``share=False``). For what was committed with ``written=False``."""
     def truncate(self, length: int) -> None:
         """Drop every token from position ``length`` on, pending ones included."""
     def close(self) -> None:
@@ -150,9 +150,13 @@ class Plan:
     @property
     def demotions(self) -> list[tuple[int, int]]:
         """``(source, destination)`` pages to quantize once the plan is filled, before anything else is copied
-        or written. Sequences and the tree name the destination already, so whoever plans in a pool with
-        quantized pages holds a lock until they are written, and others read pages under that lock or in a
-        plan of their own."""
+        or written. Sequences and the tree name the destination already. So until ``moved`` nobody else can
+        plan, and whoever reads pages outside of a plan holds a lock that this one holds, too."""
+    def moved(self) -> None:
+        """Say that the demotions were written."""
+    def refuse(self, targets: Iterable[int]) -> None:
+        """Abandon a filled plan whose demotions were written but for these destinations: the codec refused
+        their pages, which keep full precision and are not chosen again."""
     def fill(self, tables: _Buffer, slots: _Buffer, lengths: _Buffer) -> None:
         """Write block tables, slots and lengths into the caller's int32 buffers.
 
@@ -161,15 +165,15 @@ class Plan:
         already computed, and tokens of this step. Larger buffers are left alone past that, and so are
         the tables of rows without tokens. From here on the victims are gone for good.
         """
-    def commit(self) -> None:
-        """Make the step true: full blocks are sealed and found by whoever comes next."""
-    def abandon(self, *, undone: Iterable[int] | None = None, refused: bool = False) -> None:
-        """Undo the plan: tokens appended by it are taken back, reserved pages return, and, unless
-        it was filled, victims stand where they stood and nothing is demoted.
+    def commit(self, *, written: bool = True) -> None:
+        """Make the step true: full blocks are sealed and found by whoever comes next.
 
-        ``undone``: destinations of demotions of a filled plan that could not be written; their pages are as
-        they were before. ``refused``: they are not chosen again.
+        ``written=False``: by a caller who writes later, and says so with ``Sequence.freeze``.
         """
+    def abandon(self) -> None:
+        """Undo the plan: tokens appended by it are taken back, reserved pages return, and, unless
+        it was filled, victims stand where they stood; unless its demotions were ``moved``, so do their
+        sources."""
 
 @final
 class PageCodec:
@@ -324,7 +328,7 @@ class PagePool:
         """
     def demote(self, num_pages: int) -> Plan:
         """Plan a step of no rows that takes up to ``num_pages`` pages of full precision from the coldest that
-        nobody holds. Fill it, write ``demotions``, and abandon it: the pages are free then."""
+        nobody holds. Fill it, write ``demotions``, say ``moved``, and abandon it: the pages are free."""
     def rule(self) -> dict[str, Any]:
         """Return who rules: ``ruling``, ``lru`` or ``survival``. With the policy ``adaptive`` also why:
         ``shadow_hit_rate_lru`` and ``shadow_hit_rate_survival``, what each would have hit lately;

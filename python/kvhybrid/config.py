@@ -36,8 +36,6 @@ __all__ = ["CacheStrategy", "KVCacheConfig"]
 ABSENT: Final = frozenset(
     {
         "cache_strategy",  # but for those in PRESENT
-        "use_quantization",
-        "quantization_bits",
         "enable_persistence",
         "persistence_path",
         "host_memory_mb",
@@ -82,6 +80,9 @@ def _lower(value: object) -> object:
 def _dtype(value: object) -> str | None:
     return None if value is None else dtype_name(value)
 
+
+# Of the smallest page that can be quantized: with fewer tokens there are more scales than codes.
+LEAST_BLOCK: Final = 16
 
 Number = BeforeValidator(_no_flag)
 Budget = Annotated[
@@ -154,7 +155,7 @@ class KVCacheConfig(BaseSettings):
     """How to tell which those are; snapkv and tova go by queries, which only models that read pages show."""
 
     use_quantization: bool = False
-    """Store cold pages in fewer bits."""
+    """Store cold pages in fewer bits: a quarter of the pages' bytes keeps full precision, for what is new."""
 
     quantization_bits: Annotated[int, Number, AfterValidator(_stored_bits), Allowed("4, 8 or 16")] = 16
     """Stored bits of K and V; 16 is off."""
@@ -253,6 +254,11 @@ class KVCacheConfig(BaseSettings):
         """The storage dtype as torch's object; imports torch. None: the model's own."""
         return None if self.dtype is None else as_torch_dtype(self.dtype)
 
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of K and V in quantized pages; None without quantization."""
+        return self.quantization_bits if self.use_quantization else None
+
     def host_copies(self, device_type: str) -> tuple[bool, bool]:
         """Return ``(pin_memory, non_blocking)`` as they apply to a device; both are off without CUDA.
 
@@ -309,6 +315,20 @@ class KVCacheConfig(BaseSettings):
         for switch, detail in SWITCHES.items():
             if self._is_set(detail) and not getattr(self, switch):
                 raise ConfigError(f"{_list(self, [detail])}: says nothing without {switch}=True")
+        if self.use_quantization:
+            self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        if self.quantization_bits == 16:
+            raise ConfigError("use_quantization=True: says nothing with quantization_bits=16; must be 4 or 8")
+        if self.block_size < LEAST_BLOCK:
+            raise ConfigError(
+                f"block_size={self.block_size}: must be at least {LEAST_BLOCK} with use_quantization=True"
+            )
+        if self.reproducible:
+            raise ConfigError(
+                "reproducible=True: not with use_quantization=True, warm answers would not equal cold ones"
+            )
 
 
 def _plain(value: object) -> object:

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from kvhybrid import KVLayout, LayoutError
 from kvhybrid._core import Batch, PagePool
-from kvhybrid.cache.pages import MAX_RUNS, RUN_BYTES, PageStorage, PageTable
+from kvhybrid.cache.page_table import MAX_RUNS, RUN_BYTES
+from kvhybrid.cache.pages import PageStorage, PageTable
 from kvhybrid.cache.step import Step
 from kvhybrid.layout import LayerShape
 
@@ -122,7 +123,7 @@ def test_the_pieces_of_a_table_are_its_tokens_in_order(length, size, shuffle, se
     stop = data.draw(st.integers(start, length))
     found = []
     for piece in table.pieces(start, stop, size, PAGE_BYTES):
-        view = storage.view(storage.keys[0], piece)
+        view = storage.view(0, "k", piece)
         found.append(view.transpose(0, 1).flatten(1, 2) if piece.pages else view)
     joined = torch.cat(found, dim=1) if found else key[:, :0]
     assert torch.equal(joined, key[:, start:stop])
@@ -132,12 +133,12 @@ def test_neighbouring_pages_are_one_view_and_scattered_ones_one_copy():
     storage = storage_of(40)
     (run,) = PageTable(torch.arange(5, 25)).pieces(0, 80, 4, PAGE_BYTES)
     assert (run.page, run.pages) == (5, 20)
-    assert storage.view(storage.keys[0], run).data_ptr() == storage.keys[0][5].data_ptr()
+    assert storage.view(0, "k", run).data_ptr() == storage.keys[0][5].data_ptr()
     scattered = torch.arange(0, 40, 2)
     assert len(scattered) > MAX_RUNS
     (piece,) = PageTable(scattered).pieces(0, 80, 4, PAGE_BYTES)
     out = torch.empty(len(scattered), HEADS, 4, WIDTH)
-    view = storage.view(storage.keys[0], piece, out)
+    view = storage.view(0, "k", piece, out)
     assert view.data_ptr() == out.data_ptr()
     assert torch.equal(view, storage.keys[0][scattered])
 

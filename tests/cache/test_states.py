@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvhybrid import ConfigError, KVCacheConfig, KVLayout
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.cache.states import PageStates, divide
+from kvhybrid.cache.shares import divide
+from kvhybrid.cache.states import PageStates
 from kvhybrid.cache.step import Step
 from kvhybrid.layout import LayerShape
 
@@ -113,7 +114,7 @@ def test_pages_and_states_share_the_budget(
 ) -> None:
     config = KVCacheConfig(max_tokens=4096, block_size=16, max_memory_mb=budget, state_memory_mb=share)
     shape = layout(state_bytes)
-    pages, capacity = divide(config, shape)
+    pages, _, capacity = divide(config, shape)
     assert capacity >= state_bytes
     if budget is not None:
         assert pages * shape.bytes_per_page + capacity <= budget * 2**20

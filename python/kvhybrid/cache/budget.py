@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 
 from kvhybrid.cache.memory import device_bytes, is_out_of_memory
 from kvhybrid.cache.pages import PageStorage
-from kvhybrid.cache.states import PageStates, divide
+from kvhybrid.cache.quantized import layer_record_bytes
+from kvhybrid.cache.shares import divide
+from kvhybrid.cache.states import PageStates
 from kvhybrid.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
@@ -34,13 +36,15 @@ def make_storage(
     Raises ``ConfigError`` for a budget that holds no page, or whose pages are more than a device has, and
     ``OutOfMemoryError`` when a device has them and does not give them.
     """
-    num_pages, state_capacity = divide(config, layout)
+    num_full, num_quantized, state_capacity = divide(config, layout)
     what = "pages and states" if state_capacity else "pages"
     budget = f"max_tokens={config.max_tokens}, max_memory_mb={config.max_memory_mb}: the {what} take"
     needed: Counter[torch.device] = Counter()
     for index in layout.kept_layers:
         where = devices[index] if devices is not None else device
-        needed[where] += num_pages * layout.block_size * layout.layer_bytes_per_token(index)
+        needed[where] += num_full * layout.block_size * layout.layer_bytes_per_token(index)
+        if config.stored_bits is not None:
+            needed[where] += num_quantized * layer_record_bytes(layout, config.stored_bits, index)
     if len(needed) == 1:  # of several, nobody knows yet which holds the states
         needed[device if devices is None else next(iter(needed))] += state_capacity
     for where, size in needed.items():
@@ -50,7 +54,14 @@ def make_storage(
     pin_memory, non_blocking = config.host_copies(device.type)
     try:
         storage = PageStorage(
-            layout, num_pages, device, devices=devices, pin_memory=pin_memory, non_blocking=non_blocking
+            layout,
+            num_full,
+            device,
+            devices=devices,
+            pin_memory=pin_memory,
+            non_blocking=non_blocking,
+            num_quantized=num_quantized,
+            quantized_bits=config.stored_bits or 8,
         )
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -59,4 +70,5 @@ def make_storage(
         raise OutOfMemoryError(f"{budget} {total / 2**20:.0f} MiB, and there is no room: {error}") from error
     if layout.state_bytes:
         storage.states = PageStates(state_capacity)
+        storage.states.still = storage.still
     return storage

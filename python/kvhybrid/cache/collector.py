@@ -11,8 +11,13 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
+from kvhybrid.cache.quantized import demote, undone
+
 if TYPE_CHECKING:
     from kvhybrid._core import PagePool
+    from kvhybrid.cache.pages import PageStorage
 
 # How far below the threshold a run goes, as a share of it: far enough that not every step starts one.
 LOW_WATERMARK: Final = 0.8
@@ -23,12 +28,17 @@ EVICT_AT_ONCE: Final = 32
 class Collector:
     """Starts once ``threshold`` of the pages are in use, and stops at ``LOW_WATERMARK`` of that.
 
+    Pages of full precision have marks of their own where others are quantized: cold ones are demoted.
     Pinned pages and those of running texts stay, so a run may end above its mark. The thread is a daemon,
     begins with the first need and ends with ``stop``, or when nobody holds the collector any more.
     """
 
-    def __init__(self, pool: PagePool, threshold: float) -> None:
+    def __init__(self, pool: PagePool, threshold: float, storage: PageStorage | None = None) -> None:
         self._pool = pool
+        self._storage = storage if storage is not None and storage.codec is not None else None
+        num_full = pool.num_pages - pool.num_quantized
+        self._high_full = max(math.ceil(num_full * threshold), 1)
+        self._low_full = min(math.floor(num_full * threshold * LOW_WATERMARK), self._high_full - 1)
         self.high = max(math.ceil(pool.num_pages * threshold), 1)
         self.low = min(math.floor(pool.num_pages * threshold * LOW_WATERMARK), self.high - 1)
         self.runs = 0
@@ -45,10 +55,14 @@ class Collector:
             self._wake.set()
 
     def collect(self) -> int:
-        """Evict down to the low watermark if the threshold is reached; return how many pages left."""
+        """Demote and evict down to the low watermarks if a threshold is reached; return what was evicted."""
         if not self._is_due():
             return 0
         self.runs += 1
+        if self._is_warm():
+            self._demote()
+        if self._used() < self.high:
+            return 0
         total = 0
         while not self._stopped and (excess := self._used() - self.low) > 0:
             evicted = self._pool.evict(min(excess, EVICT_AT_ONCE))
@@ -69,8 +83,31 @@ class Collector:
     def _used(self) -> int:
         return self._pool.num_pages - self._pool.num_free
 
+    def _used_full(self) -> int:
+        free = self._pool.num_free - self._pool.num_free_quantized
+        return self._pool.num_pages - self._pool.num_quantized - free
+
     def _is_due(self) -> bool:
-        return self._used() >= self.high and self._pool.num_evictable > 0
+        return self._pool.num_evictable > 0 and (self._used() >= self.high or self._is_warm())
+
+    def _is_warm(self) -> bool:
+        """True when there are cold pages of full precision to demote, and they are many."""
+        return (
+            self._storage is not None
+            and self._used_full() >= self._high_full
+            and self._pool.num_free_quantized > 0
+        )
+
+    def _demote(self) -> None:
+        """Demote down to the low watermark, a batch at a time, as long as there is something to demote."""
+        assert self._storage is not None
+        before = None
+        while not self._stopped and (excess := self._used_full() - self._low_full) > 0 and excess != before:
+            before = excess
+            with self._storage.still, undone(self._pool.demote(min(excess, EVICT_AT_ONCE))) as plan:
+                plan.fill(*(np.empty(shape, np.int32) for shape in ((0, 0), 0, (0, 2))))
+                if demote(self._storage, plan):
+                    plan.abandon()
 
     def _start(self) -> None:
         if self._thread is not None and self._thread.is_alive():

@@ -66,11 +66,15 @@ class KVCache:
             raise LayoutError(f"config.dtype={self.config.dtype}, the layout says {layout.dtype}")
         self.layout = layout
         self.storage = make_storage(self.config, layout, torch.device(device), devices)
-        policy = self.config.cache_strategy.value
-        self.pool = PagePool(self.storage.num_pages, layout.block_size, policy=policy)
+        self.pool = PagePool(
+            self.storage.num_full,
+            layout.block_size,
+            num_quantized=self.storage.num_quantized,
+            policy=self.config.cache_strategy.value,
+        )
         self._collector: Collector | None = None
         if self.config.enable_gc:
-            self._collector = Collector(self.pool, self.config.gc_threshold)
+            self._collector = Collector(self.pool, self.config.gc_threshold, self.storage)
             self.storage.settled = self._collector.look
         self.compressed = Holders()
         self.storage.make_room = self.compressed.make_room
@@ -218,8 +222,9 @@ class KVCache:
     def get_stats(self) -> dict[str, int | float]:
         """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
 
-        ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the pages
-        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say. ``capacity_bytes`` never exceeds
+        ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the bytes
+        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say; ``full_*`` and ``quantized_*`` tell
+        pages in use apart by what they are stored in. ``capacity_bytes`` never exceeds
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
@@ -233,13 +238,21 @@ class KVCache:
         used = counters["num_pages"] - counters["free_pages"]
         asked = counters["queried_tokens"]
         counters["cached_tokens"] -= self._given_up
-        page = self.layout.bytes_per_page
+        storage, size = self.storage, self.layout.block_size
+        quantized = counters["num_quantized_pages"] - counters["free_quantized_pages"]
+        full_bytes = (used - quantized) * self.layout.bytes_per_page
+        quantized_bytes = quantized * storage.record_bytes
         return {
             "hit_rate": counters["cached_tokens"] / asked if asked else 0.0,
-            "memory_usage": used / counters["num_pages"],
-            "used_bytes": used * page,
-            "capacity_bytes": counters["num_pages"] * page,
-            "capacity_tokens": counters["num_pages"] * self.layout.block_size,
+            "memory_usage": (full_bytes + quantized_bytes) / storage.nbytes,
+            "used_bytes": full_bytes + quantized_bytes,
+            "capacity_bytes": storage.nbytes,
+            "capacity_tokens": counters["num_pages"] * size,
+            "full_tokens": (used - quantized) * size,
+            "full_bytes": full_bytes,
+            "quantized_tokens": quantized * size,
+            "quantized_bytes": quantized_bytes,
+            "quantized_bits": storage.codec.bits if storage.codec else 0,
             "buffer_bytes": self.storage.buffers.num_bytes,
             "sessions": len(self._sessions) + len(self._tensors),
             "gc_runs": self._collector.runs if self._collector else 0,

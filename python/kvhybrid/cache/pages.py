@@ -6,29 +6,40 @@ Knows shapes and bytes. Refuses to know which tokens a page holds or who may rea
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+import threading
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvhybrid.cache.memory import Buffers
+from kvhybrid.cache.page_table import CHUNK, PageTable, Piece
+from kvhybrid.cache.quantized import SIDES, Classes, QuantizedPages, as_ids, record_bytes
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
+    from kvhybrid.cache.codec import Codec
+    from kvhybrid.cache.quantized import Side
     from kvhybrid.cache.states import PageStates
     from kvhybrid.layout import KVLayout
+
+__all__ = ["PageStorage", "PageTable", "Piece"]
 
 
 class PageStorage:
     """K and V of ``num_pages`` pages, one tensor pair a layer.
 
-    ``keys[layer]`` is ``[num_pages, num_kv_heads, block_size, head_dim]``, ``values[layer]`` the same
+    ``keys[layer]`` is ``[num_full, num_kv_heads, block_size, head_dim]``, ``values[layer]`` the same
     with the value width, so that one page and head is one contiguous run and a run of pages is a view.
     A layer that keeps no K and V has empty tensors. ``devices``: where each layer's pages lie, when not
     all are on ``device``.
+    Of ``num_pages`` the last ``num_quantized`` are quantized: ``cold_keys[layer]``, ``cold_values[layer]``
+    hold their records, from page ``num_full`` on, in the format of ``codec``. Only pages of full precision
+    are written token by token; every reader takes both.
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
     ``buffers`` counts what readers hold beside the pages. ``settled`` is called by whoever committed pages
     or let some go: it is a collector's, where there is one. ``make_room`` is called by whoever finds no page:
@@ -44,9 +55,13 @@ class PageStorage:
         devices: Sequence[torch.device] | None = None,
         pin_memory: bool = False,
         non_blocking: bool = False,
+        num_quantized: int = 0,
+        quantized_bits: int = 8,
     ) -> None:
+        """``num_pages``: pages of full precision, ``num_quantized`` in ``quantized_bits`` come on top."""
         self.layout = layout
-        self.num_pages = num_pages
+        self.num_full, self.num_quantized = num_pages, num_quantized
+        self.num_pages = num_pages + num_quantized
         self.buffers = Buffers()
         self.settled: Callable[[], None] = _ignore
         self.make_room: Callable[[], bool] = _nobody
@@ -61,13 +76,23 @@ class PageStorage:
         self.page_bytes = layout.bytes_per_page // (2 * len(layout.kept_layers))
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        places = devices if devices is not None else [self.device] * layout.num_layers
+        places = list(devices) if devices is not None else [self.device] * layout.num_layers
         for shape, place in zip(layout.layers, places, strict=True):
             heads, width, value_width = (
                 (shape.num_kv_heads, shape.head_dim, shape.value_head_dim) if shape is not None else (0, 0, 0)
             )
             self.keys.append(self._empty(num_pages, heads, self.block_size, width, device=place))
             self.values.append(self._empty(num_pages, heads, self.block_size, value_width, device=place))
+        self._quantized: QuantizedPages | None = None
+        if num_quantized:
+            self._quantized = QuantizedPages(layout, num_quantized, quantized_bits, places, self._empty)
+        nothing: list[torch.Tensor | None] = [None] * layout.num_layers
+        self.codec: Codec | None = self._quantized.codec if self._quantized else None
+        self.cold_keys = self._quantized.keys if self._quantized else nothing
+        self.cold_values = self._quantized.values if self._quantized else nothing
+        self.still: AbstractContextManager[object] = threading.RLock() if self._quantized else nullcontext()
+        """Held while pages move: by whoever plans until what it demotes is written, and by whoever reads
+        pages outside of a plan of its own, from asking for the block table on."""
         # What a single token looks like: most writes are one, and their check must cost next to nothing.
         self._single = [
             (
@@ -77,12 +102,13 @@ class PageStorage:
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
 
-    def _empty(self, *shape: int, device: torch.device) -> torch.Tensor:
+    def _empty(self, *shape: int, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype if dtype is not None else self.dtype
         # Made under inference_mode it could not be written outside of it. Made by ``torch.empty`` it would
         # be filled, and paid for at once, where deterministic algorithms are asked for.
         with torch.inference_mode(False):
-            room = torch.UntypedStorage(math.prod(shape) * self.dtype.itemsize, device=device)
-            return torch.empty(0, dtype=self.dtype, device=device).set_(room).view(shape)
+            room = torch.UntypedStorage(math.prod(shape) * dtype.itemsize, device=device)
+            return torch.empty(0, dtype=dtype, device=device).set_(room).view(shape)
 
     def to_device(self, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Copy host indices to a layer's pages, pinned and asynchronously when so configured."""
@@ -95,7 +121,26 @@ class PageStorage:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages own once all of them were touched."""
-        return self.num_pages * self.layout.bytes_per_page
+        return self.num_full * self.layout.bytes_per_page + self.num_quantized * self.record_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one quantized page over all layers; 0 where there are none."""
+        return record_bytes(self.layout, self.codec.bits) if self.codec else 0
+
+    def most_new(self, rows: int) -> int | None:
+        """Return how many tokens of each of ``rows`` one step may compute; None where nothing bounds it.
+
+        New tokens go to pages of full precision. Half of those are for a step, so that the newest page of
+        each row, a copy of it, and other steps find room beside it.
+        """
+        if not self.num_quantized:
+            return None
+        return max(self.num_full // (2 * max(rows, 1)), 1) * self.block_size
+
+    def most_rows(self) -> int:
+        """Return how many rows may run at once: each holds a page of full precision and writes another."""
+        return max(self.num_full // 3, 1) if self.num_quantized else self.num_full
 
     def check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise ``LayoutError`` unless ``[batch, num_kv_heads, tokens, head_dim]`` fits this storage."""
@@ -163,37 +208,86 @@ class PageStorage:
         self.values[layer][pages, :, offsets] = value.to(self.dtype)
 
     def copy_pages(self, pairs: Iterable[tuple[int, int]]) -> None:
-        """Copy whole pages, ``(source, destination)``, in every layer."""
+        """Copy whole pages, ``(source, destination)``, in every layer; quantized ones as they are read."""
         for source, destination in pairs:
             for layer in self.layout.kept_layers:
-                for pages in (self.keys[layer], self.values[layer]):
-                    pages[destination].copy_(pages[source])
+                for side in SIDES:
+                    pages = self.keys[layer] if side == "k" else self.values[layer]
+                    if source < self.num_full:
+                        pages[destination].copy_(pages[source])
+                        continue
+                    assert self._quantized is not None
+                    record = as_ids([source - self.num_full])
+                    self._quantized.dequantize(layer, side, record, pages, as_ids([destination]))
+
+    def quantize(self, pairs: Sequence[tuple[int, int]]) -> list[int]:
+        """Quantize whole pages, ``(source, destination)``, in every layer; return the destinations refused.
+
+        Those hold nothing afterwards. See ``kvhybrid.cache.quantized.demote``.
+        """
+        assert self._quantized is not None, "pages are demoted where there are quantized ones"
+        sources, targets = as_ids(pair[0] for pair in pairs), as_ids(pair[1] for pair in pairs)
+        records = targets - self.num_full
+        with torch.no_grad():
+            accepted = self._quantized.quantize(self.keys, self.values, sources, records)
+        refused: list[int] = targets[~accepted].tolist()
+        return refused
+
+    def pieces(
+        self, table: PageTable, start: int, stop: int, *, always_gather: bool = False, most: int | None = None
+    ) -> list[Piece]:
+        """Return the tokens ``[start, stop)`` of a row in pieces, in order.
+
+        ``most``: pages of a piece that must be dequantized; ``always_gather``: see ``PageTable.pieces``.
+        """
+        page_bytes = None if always_gather else self.page_bytes
+        return table.pieces(start, stop, self.block_size, page_bytes, self.num_full, most)
 
     def gather(
         self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]
     ) -> None:
         """Copy a row's tokens ``[start, stop)`` to ``out``: a pair of ``[num_kv_heads, tokens, width]``."""
         size, done = self.block_size, 0
-        pieces = table.pieces(start, stop, size, self.page_bytes)
-        for piece in pieces:
+        for piece in self.pieces(table, start, stop, most=CHUNK):
             tokens = piece.last - piece.first if piece.pages == 0 else piece.pages * size
-            for pages, target in ((self.keys[layer], out[0]), (self.values[layer], out[1])):
-                held, room = self.view(pages, piece), target[:, done : done + tokens]
+            for side, target in zip(SIDES, out, strict=True):
+                held, room = self.view(layer, side, piece), target[:, done : done + tokens]
                 if piece.pages:
                     room, held = room.unflatten(1, (piece.pages, size)), held.transpose(0, 1)
                 room.copy_(held)
             done += tokens
 
-    def view(self, pages: torch.Tensor, piece: Piece, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return a piece of one layer's ``pages``: a view, or, of scattered pages, a copy (into ``out``).
+    def view(self, layer: int, side: Side, piece: Piece, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return a piece of one layer's keys or values: a view, or, of scattered or quantized pages, a copy.
 
         ``[num_kv_heads, tokens, width]`` of one page's part, ``[pages, num_kv_heads, block_size, width]``.
+        ``out``: where to copy ``piece.pages`` pages to.
         """
+        pages = self.keys[layer] if side == "k" else self.values[layer]
+        if piece.mixed is not None:
+            return self._mixed(layer, side, piece.mixed, out)
         if piece.scattered is not None:
             return torch.index_select(pages, 0, self.to_device(piece.scattered, pages.device), out=out)
-        if piece.pages == 0:
-            return pages[piece.page, :, piece.first : piece.last]
-        return pages[piece.page : piece.page + piece.pages]
+        if piece.pages:
+            return pages[piece.page : piece.page + piece.pages]
+        if piece.page >= self.num_full:
+            pages = self._mixed(layer, side, Classes.of(as_ids([piece.page]), self.num_full))
+            return pages[0, :, piece.first : piece.last]
+        return pages[piece.page, :, piece.first : piece.last]
+
+    def _mixed(self, layer: int, side: Side, found: Classes, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Return pages of both kinds, side by side, in full precision."""
+        pages = self.keys[layer] if side == "k" else self.values[layer]
+        if out is None:
+            out = pages.new_empty((len(found.full) + len(found.cold), *pages.shape[1:]))
+        if len(found.full):
+            full, at = (self.to_device(ids, pages.device) for ids in (found.full, found.full_at))
+            out.index_copy_(0, at, pages.index_select(0, full))
+        if len(found.cold):
+            assert self._quantized is not None
+            with torch.no_grad():
+                self._quantized.dequantize(layer, side, found.cold, out, found.cold_at)
+        return out
 
 
 def _ignore() -> None:
@@ -203,61 +297,3 @@ def _ignore() -> None:
 def _nobody() -> bool:
     """Nobody holds what can be let go of."""
     return False
-
-
-class Piece(NamedTuple):
-    """Neighbouring tokens of one row: ``pages`` whole pages from ``page`` on, or, of none, a part of it."""
-
-    page: int
-    pages: int
-    first: int = 0
-    last: int = 0
-    scattered: torch.Tensor | None = None
-    """Ids of pages that are too many runs to read one by one."""
-
-
-# Past this many runs of pages one index_select costs less than a few calls a run. A call takes as long as
-# copying this many bytes: short contexts are gathered sooner, long ones are read in place.
-MAX_RUNS = 8
-RUN_BYTES = 2**18
-
-
-class PageTable:
-    """One row's page ids for one step, int64 on the CPU, and the pieces that they fall into."""
-
-    __slots__ = ("_pieces", "ids")
-
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
-        self._pieces: dict[tuple[int, int, int | None], list[Piece]] = {}
-
-    def pieces(self, start: int, stop: int, size: int, page_bytes: int | None) -> list[Piece]:
-        """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer.
-
-        ``size``: tokens a page; ``page_bytes``: bytes of one layer's keys in it, None to gather whatever
-        the pages' order.
-        """
-        known = self._pieces.get((start, stop, page_bytes))
-        if known is None:
-            known = self._pieces[start, stop, page_bytes] = list(self._find(start, stop, size, page_bytes))
-        return known
-
-    def _find(self, start: int, stop: int, size: int, page_bytes: int | None) -> Iterator[Piece]:
-        if start >= stop:
-            return
-        low, high = -(-start // size), stop // size
-        if low > high:  # all within one page
-            yield Piece(int(self.ids[high]), 0, start % size, stop % size)
-            return
-        if start % size:
-            yield Piece(int(self.ids[low - 1]), 0, start % size, size)
-        if low < high:
-            ids = self.ids[low:high]
-            breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
-            if page_bytes is None or len(breaks) >= min(MAX_RUNS, 1 + len(ids) * page_bytes // RUN_BYTES):
-                yield Piece(0, high - low, scattered=ids)
-            else:
-                for a, b in itertools.pairwise([0, *(at + 1 for at in breaks), high - low]):
-                    yield Piece(int(ids[a]), b - a)
-        if stop % size:
-            yield Piece(int(self.ids[high]), 0, 0, stop % size)

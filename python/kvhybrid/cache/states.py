@@ -9,55 +9,18 @@ Knows tensors and page ids, no model.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
-
-from kvhybrid.errors import ConfigError
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     import torch
-
-    from kvhybrid.config import KVCacheConfig
-    from kvhybrid.layout import KVLayout
 
     State: TypeAlias = tuple[torch.Tensor | None, ...]
     """One text's state: the tensors of all layers in order, without a batch dimension; None where a layer
     keeps none. Never written."""
-
-
-# The part of ``max_memory_mb`` that states get when no field says otherwise, and how many there is room for
-# at least when nothing bounds the bytes.
-SHARE: Final = 0.25
-LEAST: Final = 16
-
-
-def divide(config: KVCacheConfig, layout: KVLayout) -> tuple[int, int]:
-    """Return how many pages the budget holds, and how many bytes of states beside them.
-
-    States get ``state_memory_mb``; else a quarter of ``max_memory_mb``; else as many bytes as the pages
-    take, and room for sixteen at least. Raises ``ConfigError`` when not one page or not one state fits.
-    """
-    if not layout.state_bytes:
-        if config.state_memory_mb is not None:
-            raise ConfigError(
-                f"state_memory_mb={config.state_memory_mb}: says nothing, no layer of the model keeps a state"
-            )
-        return layout.num_pages(config.max_tokens, config.max_memory_mb), 0
-    budget, share = config.max_memory_mb, config.state_memory_mb
-    if share is None and budget is not None:
-        share = budget * SHARE
-    if share is not None and share * 2**20 < layout.state_bytes:
-        raise ConfigError(
-            f"{share} MiB for states (state_memory_mb={config.state_memory_mb}, max_memory_mb={budget}) hold "
-            f"no state of {layout.state_bytes} bytes"
-        )
-    if share is not None and budget is not None and share >= budget:
-        raise ConfigError(f"state_memory_mb={share}: leaves nothing of max_memory_mb={budget} for pages")
-    pages = layout.num_pages(config.max_tokens, budget - share if budget is not None and share else budget)
-    if share is not None:
-        return pages, int(share * 2**20)
-    return pages, max(pages * layout.bytes_per_page, LEAST * layout.state_bytes)
 
 
 class _Kept(NamedTuple):
@@ -75,6 +38,8 @@ class PageStates:
         self._evicted = 0
         self._restored = 0
         self._lock = threading.Lock()
+        self.still: AbstractContextManager[object] = nullcontext()
+        """The storage's: held from looking up a page until its state is put or taken."""
 
     def __contains__(self, page: int) -> bool:
         return page in self._kept
@@ -126,6 +91,16 @@ class PageStates:
         with self._lock:
             for page in pages:
                 self._drop(page)
+
+    def move(self, pairs: Iterable[tuple[int, int]]) -> None:
+        """Keep behind each ``(source, destination)`` page's destination what is kept behind its source."""
+        if not self._kept:
+            return
+        with self._lock:
+            for source, destination in pairs:
+                self._drop(destination)
+                if (kept := self._kept.pop(source, None)) is not None:
+                    self._kept[destination] = kept
 
     def clear(self) -> None:
         """Forget every state."""

@@ -14,6 +14,7 @@ import torch
 
 from kvhybrid._core import StepRows
 from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.quantized import demote, undone
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -77,16 +78,16 @@ class Step:
 
         Raises ``CapacityError`` when the pool has no room; nothing has changed then.
         """
-        plan = plan_with_room(storage, batch, counts, tokens)
-        rows = len(batch)
-        tables = np.empty((rows, max(plan.max_pages, 1)), np.int32)
-        slots = np.empty(plan.num_tokens, np.int32)
-        lengths = np.empty((rows, 2), np.int32)
-        plan.fill(tables, slots, lengths)
-        if storage.states is not None:
-            # What these pages held, and the text that led up to it, is gone from here on.
-            storage.states.drop(np.unique(slots // storage.block_size).tolist())
-        storage.copy_pages(plan.copies)
+        with storage.still:
+            while True:
+                with undone(plan_with_room(storage, batch, counts, tokens)) as plan:
+                    tables, slots, lengths = _filled(plan, len(batch))
+                    if demote(storage, plan):
+                        break
+            if storage.states is not None:
+                # What these pages held, and the text that led up to it, is gone from here on.
+                storage.states.drop(np.unique(slots // storage.block_size).tolist())
+            storage.copy_pages(plan.copies)
         ids = torch.from_numpy(tables).long()
         spans, column = [], 0
         for row, (past, count) in enumerate(lengths.tolist()):
@@ -256,3 +257,14 @@ def plan_with_room(
         except CapacityError:
             if not storage.make_room():
                 raise
+
+
+def _filled(
+    plan: Plan, rows: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Fill a plan; return its block tables, slots and lengths."""
+    tables = np.empty((rows, max(plan.max_pages, 1)), np.int32)
+    slots = np.empty(plan.num_tokens, np.int32)
+    lengths = np.empty((rows, 2), np.int32)
+    plan.fill(tables, slots, lengths)
+    return tables, slots, lengths

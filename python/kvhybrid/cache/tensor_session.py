@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from kvhybrid._core import Batch
-from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.page_table import PageTable
+from kvhybrid.cache.quantized import demote, undone
 from kvhybrid.cache.step import plan_with_room
 
 if TYPE_CHECKING:
-    from kvhybrid._core import PagePool
+    from kvhybrid._core import PagePool, Plan, Sequence
     from kvhybrid.cache.pages import PageStorage
 
 
@@ -40,8 +41,8 @@ class TensorSession:
         nothing = np.empty(0, np.uint32)
         self._rows = [pool.open(nothing, reuse=False, share=False) for _ in range(batch)]
         self._batch = Batch(pool, self._rows)
-        self._ids = np.empty((batch, 0), np.int32)
-        self._tables: tuple[int, list[PageTable]] = 0, []
+        self._tables: dict[int, tuple[bytes, PageTable]] = {}
+        self._frozen = 0  # positions that are filled in every layer
         self._filled = [0] * storage.layout.num_layers
 
     @property
@@ -63,8 +64,9 @@ class TensorSession:
         end = past + key.shape[2]
         if end > self.length:
             self._reserve(end - self.length)
-        for row, table in enumerate(self._tables_to(end)):
-            self._storage.write_run(layer, table, past, key[row], value[row])
+        # Only what is filled in every layer is frozen: nothing moves that is written here.
+        for row, sequence in enumerate(self._rows):
+            self._storage.write_run(layer, self._table(row, sequence), past, key[row], value[row])
 
     def read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies of a layer's positions ``[0, end)``, ``[batch, num_kv_heads, end, width]``."""
@@ -74,13 +76,21 @@ class TensorSession:
             torch.empty((self.num_rows, pool.shape[1], end, pool.shape[3]), dtype=dtype, device=pool.device)
             for pool in pools
         )
-        for row, table in enumerate(self._tables_to(end)):
-            storage.gather(layer, table, 0, end, (keys[row], values[row]))
+        with storage.still:
+            for row, sequence in enumerate(self._rows):
+                storage.gather(layer, self._table(row, sequence), 0, end, (keys[row], values[row]))
         return keys, values
 
     def advance(self, layer: int, end: int) -> None:
         """Make what was stored of a layer, up to ``end``, true."""
         self._filled[layer] = max(self._filled[layer], end)
+        if self._storage.codec is None:
+            return
+        frozen = min(self._filled[layer] for layer in self._storage.layout.kept_layers)
+        if frozen > self._frozen:
+            self._frozen = frozen
+            for row in self._rows:
+                row.freeze(frozen)
 
     def truncate(self, length: int) -> None:
         """Drop every position from ``length`` on, in every layer, and give back pages that are then empty."""
@@ -88,8 +98,8 @@ class TensorSession:
             row.truncate(length)
         self.length = length
         self._filled = [min(filled, length) for filled in self._filled]
-        pages = -(-length // self._storage.block_size)
-        self._ids, self._tables = self._ids[:, :pages], (0, [])
+        self._frozen = min(self._frozen, length)
+        self._tables.clear()
         self._storage.settled()
 
     def close(self) -> None:
@@ -104,22 +114,29 @@ class TensorSession:
         placeholders = np.zeros(count, np.uint32)
         for row in self._rows:
             row.append(placeholders)
-        plan = plan_with_room(self._storage, self._batch)
-        try:
-            tables = np.empty((self.num_rows, plan.max_pages), np.int32)
-            lengths = np.empty((self.num_rows, 2), np.int32)
-            plan.fill(tables, np.empty(plan.num_tokens, np.int32), lengths)
-            # At once: private pages with nothing in them harm nobody, and are taken back by length.
-            plan.commit()
-        except BaseException:
-            plan.abandon()
-            raise
-        self.length, self._ids = self.length + count, tables
+        with self._storage.still:
+            plan = self._planned()
+        self.length += count
         self.evicted += plan.num_evicted
         self._storage.settled()
 
-    def _tables_to(self, end: int) -> list[PageTable]:
-        """Return the rows' page tables; they remember the pieces of one length, which layers share."""
-        if self._tables[0] != end:
-            self._tables = end, [PageTable(ids) for ids in torch.from_numpy(self._ids).long()]
-        return self._tables[1]
+    def _planned(self) -> Plan:
+        """Plan what was appended, copy what it goes on from, and commit."""
+        while True:
+            with undone(plan_with_room(self._storage, self._batch)) as plan:
+                tables = np.empty((self.num_rows, plan.max_pages), np.int32)
+                lengths = np.empty((self.num_rows, 2), np.int32)
+                plan.fill(tables, np.empty(plan.num_tokens, np.int32), lengths)
+                if demote(self._storage, plan):
+                    self._storage.copy_pages(plan.copies)
+                    # At once: private pages with nothing in them harm nobody, and are taken back by length.
+                    plan.commit(written=False)
+                    return plan
+
+    def _table(self, row: int, sequence: Sequence) -> PageTable:
+        """Return a row's pages as they are now; while they are the same it remembers its pieces."""
+        ids = sequence.block_table()
+        known = self._tables.get(row)
+        if known is None or known[0] != ids:
+            known = self._tables[row] = ids, PageTable.of(sequence)
+        return known[1]

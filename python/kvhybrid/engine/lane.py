@@ -64,7 +64,7 @@ class Lane:
 
     def has_room(self) -> bool:
         """Return whether it is worth offering candidates: they are refused until a row has left."""
-        return not self._full or not self.rows
+        return not self.rows or not (self._full or self._storage.most_rows() <= len(self.rows))
 
     def step(self, candidates: Sequence[Running]) -> Outcome:
         """Let cancelled rows go and ``candidates`` in, in their order, and compute one step of all rows."""
@@ -188,6 +188,8 @@ class Lane:
                 row.pending, row.next = 1, None
         counts = np.array([int(row.pending == 1) for row in self.rows], np.int32)
         left = max(self._budget - int(counts.sum()), 0 if counts.any() else 1)
+        if (most := self._storage.most_new(1)) is not None:
+            left = min(left, max(most - len(self.rows) * self._pool.block_size, 1))
         for index, row in sorted(enumerate(self.rows), key=lambda item: item[1].rank):
             if row.pending > 1:
                 counts[index] = row.next_pass() if self._is_exact and left > 0 else min(row.pending, left)

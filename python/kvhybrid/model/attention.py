@@ -21,6 +21,7 @@ from kvhybrid.model.triton.attention import TritonAttention
 
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage, Piece
+    from kvhybrid.cache.quantized import Side
     from kvhybrid.cache.step import Span, Step
 
 # Up to this many new tokens a row, reading pages in place beats gathering them.
@@ -110,9 +111,8 @@ class PagedAttention:
         kv_heads = storage.keys[layer].shape[1]
         heads, count, dim = q.shape
         folded = (q * scale).reshape(kv_heads, heads // kv_heads * count, dim)
-        page_bytes = None if self._always_gather else storage.page_bytes
-        pieces = span.table.pieces(start, span.total, storage.block_size, page_bytes)
-        keys = [self._view("k", storage.keys[layer], piece, q.dtype) for piece in pieces]
+        pieces = storage.pieces(span.table, start, span.total, always_gather=self._always_gather)
+        keys = [self._view("k", layer, piece, q.dtype) for piece in pieces]
         scores = [_scores(folded, piece) for piece in keys]
         joined = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
         if count > 1:
@@ -125,15 +125,18 @@ class PagedAttention:
         total, done = None, 0
         for piece, score in zip(pieces, scores, strict=True):
             width = score.shape[-1]
-            values = self._view("v", storage.values[layer], piece, q.dtype)
+            values = self._view("v", layer, piece, q.dtype)
             part = _values(weights[..., done : done + width], values)
             total, done = part if total is None else total.add_(part), done + width
         assert total is not None  # a row has at least the token that attends
         return total.view(heads, count, -1)
 
-    def _view(self, name: str, pool: torch.Tensor, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
-        out = self._buffer(name, pool, piece.pages) if piece.scattered is not None else None
-        return self.storage.view(pool, piece, out).to(dtype)
+    def _view(self, side: Side, layer: int, piece: Piece, dtype: torch.dtype) -> torch.Tensor:
+        out = None
+        if piece.scattered is not None or piece.mixed is not None:
+            pool = self.storage.keys[layer] if side == "k" else self.storage.values[layer]
+            out = self._buffer(side, pool, piece.pages)
+        return self.storage.view(layer, side, piece, out).to(dtype)
 
     def _merged(
         self, span: Span, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float

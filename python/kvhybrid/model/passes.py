@@ -20,6 +20,16 @@ KEEPS = ("logits_to_keep", "num_logits_to_keep")
 WHOLE = ("labels", "output_router_logits")
 
 
+def bounded(start: int, stops: list[int], most: int) -> list[int]:
+    """Return ``stops`` and others, so that no pass from ``start`` on is longer than ``most`` columns."""
+    found: list[int] = []
+    for stop in stops:
+        found.extend(range(start + most, stop, most))
+        found.append(stop)
+        start = stop
+    return found
+
+
 def parts(call: Arguments, start: int, stops: list[int]) -> Iterator[Arguments]:
     """Cut a call whose tokens begin at column ``start`` into calls that end at the columns ``stops``."""
     first = start

@@ -15,16 +15,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 
 import numpy as np
-import torch
 
 from kvhybrid._core import Batch
-from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.page_table import PageTable
 from kvhybrid.cache.step import Step
 from kvhybrid.errors import InvalidRequestError
 from kvhybrid.model.compressed import WHOLE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import torch
 
     from kvhybrid._core import Sequence
     from kvhybrid.cache.kv_cache import KVCache
@@ -283,10 +283,10 @@ class Rows:
             for pages in (storage.keys[layer], storage.values[layer])
         )
         for index, row in enumerate(self.sequences):
-            table = PageTable(torch.from_numpy(np.frombuffer(row.block_table(), np.int32).astype(np.int64)))
             start = width - row.length
             out = keys[index, :, start:], values[index, :, start:]
-            storage.gather(layer, table, 0, row.length, out)
+            with storage.still:
+                storage.gather(layer, PageTable.of(row), 0, row.length, out)
         return keys, values
 
     def close(self) -> None:

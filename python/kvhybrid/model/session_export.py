@@ -86,11 +86,13 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     ids, mask = lost
     start = text.columns - ids.shape[1]
     try:
-        rows.begin(ids, mask)
-        assert rows.step is not None
-        for layer, (keys, values) in enumerate(tensors):
-            rows.step.write(layer, keys[:, :, start:], values[:, :, start:])
-        rows.finish(success=True)
+        for stop in rows.stops(ids.shape[1], len(ids)):
+            first = rows.columns
+            rows.begin(ids[:, first - start : stop - start], mask[:, :stop])
+            assert rows.step is not None
+            for layer, (keys, values) in enumerate(tensors):
+                rows.step.write(layer, keys[:, :, first:stop], values[:, :, first:stop])
+            rows.finish(success=True)
     except BaseException:
         rows.finish(success=False)
         rows.restore(before)

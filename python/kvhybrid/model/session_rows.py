@@ -18,6 +18,7 @@ from kvhybrid.model.compressed import go_on
 from kvhybrid.model.grid import Grid
 from kvhybrid.model.ownership import Ownership
 from kvhybrid.model.padding import has_padding, read_ids, read_padding
+from kvhybrid.model.passes import bounded
 from kvhybrid.model.released import NOTHING, Released
 from kvhybrid.model.rows import Fed, Rows
 
@@ -177,10 +178,15 @@ class SessionRows:
         self.reader.forget(0)
         return rows
 
-    def stops(self, width: int) -> list[int]:
-        """Return the columns at which forward passes over the next ``width`` columns must end."""
+    def stops(self, width: int, batch: int = 1) -> list[int]:
+        """Return the columns at which forward passes over the next ``width`` columns must end.
+
+        ``batch``: rows of the call, of which there may be more than are held.
+        """
         start, stop = self.columns, self.columns + width
-        return [*(self.grid.stops(start, stop) or self._state_stops(start, stop)), stop]
+        stops = [*(self.grid.stops(start, stop) or self._state_stops(start, stop)), stop]
+        most = self.cache.storage.most_new(batch)
+        return stops if most is None else bounded(start, stops, most)
 
     def _state_stops(self, start: int, stop: int) -> list[int]:
         if self.states is None or self.grid.width:

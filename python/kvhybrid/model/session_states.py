@@ -45,6 +45,10 @@ class SessionStates:
         ``rows`` were just opened: what they hold is cached, up to column ``stop`` in all of them, and
         pinned. The column is a multiple of ``grid``.
         """
+        with self._store.still:
+            return self._resume(rows, stop, grid)
+
+    def _resume(self, rows: Opened, stop: int, grid: int) -> int:
         self._latest = {}
         self._parted = stop
         tables = [_block_table(row) for _, row in rows]
@@ -82,6 +86,10 @@ class SessionStates:
 
     def keep(self, rows: Opened, width: int) -> None:
         """Keep the states of rows that ended at a block's end in a committed pass of ``width`` columns."""
+        with self._store.still:
+            self._keep(rows, width)
+
+    def _keep(self, rows: Opened, width: int) -> None:
         for index, (_, row) in enumerate(rows):
             if row.length == 0 or row.length % self._size:
                 continue

@@ -60,7 +60,7 @@ class Stepping:
         each = rows.rows.repeats(call["input_ids"]) if rows.rows is not None else 1
         if each > 1:
             call = narrow(call, each)
-        stops = rows.stops(call["input_ids"].shape[1])
+        stops = rows.stops(call["input_ids"].shape[1], len(call["input_ids"]))
         whole = next((n for n in WHOLE if call.get(n) is not None and call[n] is not False), None)
         if whole and not rows.grid.width:
             stops = stops[-1:]  # cut for states alone: fewer of them are kept

@@ -45,8 +45,10 @@ pub struct Plan {
     /// victims' pages.
     pub(crate) demotions: Vec<Demotion>,
     pub(crate) num_targets_taken: usize,
-    /// Written out: victims are gone, and targets are being written.
+    /// Written out: victims are gone.
     pub(crate) is_filled: bool,
+    /// The targets of demotions were written.
+    pub(crate) is_moved: bool,
     pub(crate) copies: Vec<(PageId, PageId)>,
     /// One token was appended to each row.
     pub(crate) appended: bool,
@@ -81,7 +83,8 @@ impl Plan {
         &self.copies
     }
 
-    /// Pages to quantize before anything else is copied or written: source, then target.
+    /// Pages to quantize before anything else is copied or written: source, then target. Followed by
+    /// `Pool::moved`; until then nobody else can plan.
     pub fn demotions(&self) -> impl ExactSizeIterator<Item = (PageId, PageId)> + '_ {
         self.demotions.iter().map(|demotion| (demotion.source, demotion.target))
     }
@@ -102,6 +105,7 @@ impl Plan {
         self.demotions.clear();
         self.num_targets_taken = 0;
         self.is_filled = false;
+        self.is_moved = false;
         self.copies.clear();
         self.num_taken = 0;
         self.appended = false;

@@ -27,8 +27,8 @@ pub(crate) struct Sequence {
     pub replaced: Option<PageId>,
     /// Tokens from the beginning on that may be sealed, so that others find them.
     pub shareable: u32,
-    /// Tokens from the beginning on that are final though nobody else finds them: pages of whole blocks of
-    /// them may be quantized.
+    /// Tokens from the beginning on that are written in every layer: pages of whole blocks of them may be
+    /// quantized, though nobody else finds them.
     pub frozen: u32,
     /// Private blocks from the beginning on that were quantized or refused.
     pub cooled: u32,

@@ -52,6 +52,7 @@ fn plan(pool: &mut Pool, id: SequenceId) -> Plan {
 fn fill(pool: &mut Pool, plan: &mut Plan) {
     let (mut tables, mut slots) = (vec![0; plan.max_pages().max(1)], vec![0; plan.num_tokens()]);
     pool.fill(plan, &mut tables, plan.max_pages().max(1), &mut slots, &mut [0; 2]).unwrap();
+    pool.moved(plan);
 }
 
 #[test]
@@ -148,9 +149,10 @@ fn a_refused_page_keeps_its_place_and_another_is_chosen() {
     let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
     let pages = cached(&mut pool, 0..16);
     let id = open(&mut pool, 100..104);
-    let step = plan(&mut pool, id);
+    let mut step = pool.plan(&[id], None, None).unwrap();
     let target = step.demotions().next().unwrap().1;
-    pool.abandon_with(step, &[target], true);
+    pool.fill(&mut step, &mut [0], 1, &mut [0; 4], &mut [0; 2]).unwrap();
+    pool.refuse(step, &[target]);
     pool.check().unwrap();
     let now = pool.statistics();
     assert_eq!((now.free_pages, now.free_quantized_pages, now.refused_pages, now.demoted_pages), (4, 4, 1, 0));
@@ -177,6 +179,23 @@ fn cached_pages(pool: &mut Pool, tokens: Range<u32>) -> Vec<u32> {
 }
 
 #[test]
+fn demotions_that_were_not_written_are_undone() {
+    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let pages = cached(&mut pool, 0..16);
+    let (id, other) = (open(&mut pool, 100..108), open(&mut pool, 200..204));
+    let mut step = pool.plan(&[id], None, None).unwrap();
+    pool.fill(&mut step, &mut [0; 2], 2, &mut [0; 8], &mut [0; 2]).unwrap();
+    assert!(pool.plan(&[other], None, None).is_err(), "a step could read what is not there");
+    pool.abandon(step);
+    pool.check().unwrap();
+    assert_eq!((cached_pages(&mut pool, 0..17), pool.statistics().demoted_pages), (pages, 0));
+    let step = plan(&mut pool, other);
+    pool.abandon(step);
+    assert_eq!(pool.statistics().demoted_pages, 1);
+    pool.check().unwrap();
+}
+
+#[test]
 fn a_plan_that_was_not_filled_leaves_every_page_where_it_was() {
     let mut pool = Pool::with_quantized(6, 1, 4, true).unwrap();
     let pages = cached(&mut pool, 0..24);
@@ -187,7 +206,7 @@ fn a_plan_that_was_not_filled_leaves_every_page_where_it_was() {
     assert!(matches!(refused, Error::Planned(_)), "{refused}");
     let other = open(&mut pool, 200..204);
     let refused = pool.plan(&[other], None, None).map(|_| ()).unwrap_err();
-    assert!(refused.to_string().contains("are being moved"), "{refused}");
+    assert!(refused.to_string().contains("not written yet"), "{refused}");
     pool.abandon(step);
     pool.check().unwrap();
     assert_eq!((matched(&pool, 0..24), cached_pages(&mut pool, 0..25)), (24, pages));
@@ -198,7 +217,7 @@ fn private_pages_are_demoted_as_far_as_they_are_frozen() {
     let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
     let (id, _) = pool.open(&[0; 12], OpenOptions { reuse: false, share: false, ..OPEN }).unwrap();
     let step = plan(&mut pool, id);
-    pool.commit(step);
+    pool.commit_unwritten(step);
     let before = table(&pool, id);
     let other = open(&mut pool, 0..12);
     assert!(matches!(pool.plan(&[other], None, None), Err(Error::Capacity { evictable: 0, .. })));
@@ -227,6 +246,7 @@ fn room_is_made_ahead_of_need() {
     let mut step = pool.plan_demotion(3).unwrap();
     assert_eq!(step.demotions().len(), 2);
     pool.fill(&mut step, &mut [], 0, &mut [], &mut []).unwrap();
+    pool.moved(&mut step);
     pool.abandon(step);
     let now = pool.statistics();
     assert_eq!((now.free_pages, now.free_quantized_pages, now.demoted_pages), (2, 0, 2));

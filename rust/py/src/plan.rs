@@ -106,27 +106,42 @@ impl Plan {
             .map_err(raised)
     }
 
-    fn commit(&self) -> PyResult<()> {
+    #[pyo3(signature = (*, written = true))]
+    fn commit(&self, written: bool) -> PyResult<()> {
         let plan = self.take()?;
-        self.shared.lock()?.commit(plan);
+        let mut pool = self.shared.lock()?;
+        if written {
+            pool.commit(plan)
+        } else {
+            pool.commit_unwritten(plan)
+        }
         Ok(())
     }
 
-    #[pyo3(signature = (*, undone = None, refused = false))]
-    fn abandon(&self, undone: Option<&Bound<'_, PyAny>>, refused: bool) -> PyResult<()> {
-        let mut targets = Vec::new();
-        if let Some(undone) = undone {
-            for page in undone.try_iter()? {
-                let page: u32 = page?.extract()?;
-                if self.demotions.iter().all(|(_, target)| *target != page) {
-                    return Err(PyValueError::new_err(format!("no demotion of the plan goes to page {page}")));
-                }
-                targets.push(PageId(page));
-            }
-        }
-        let undone = targets;
+    fn moved(&self) -> PyResult<()> {
+        let mut open = self.open.lock().map_err(poisoned)?;
+        let plan = open.as_mut().ok_or_else(finished)?;
+        self.shared.lock()?.moved(plan);
+        Ok(())
+    }
+
+    fn abandon(&self) -> PyResult<()> {
         let plan = self.take()?;
-        self.shared.lock()?.abandon_with(plan, &undone, refused);
+        self.shared.lock()?.abandon(plan);
+        Ok(())
+    }
+
+    fn refuse(&self, targets: &Bound<'_, PyAny>) -> PyResult<()> {
+        let mut refused = Vec::new();
+        for page in targets.try_iter()? {
+            let page: u32 = page?.extract()?;
+            if self.demotions.iter().all(|(_, target)| *target != page) {
+                return Err(PyValueError::new_err(format!("no demotion of the plan goes to page {page}")));
+            }
+            refused.push(PageId(page));
+        }
+        let plan = self.take()?;
+        self.shared.lock()?.refuse(plan, &refused);
         Ok(())
     }
 }

@@ -9,17 +9,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import torch
 
 from kvhybrid._core import Batch
 from kvhybrid.cache.compress.selection import choose, gather
-from kvhybrid.cache.pages import PageTable
+from kvhybrid.cache.page_table import PageTable
 from kvhybrid.cache.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
+    import torch
 
     from kvhybrid._core import PagePool, Sequence
     from kvhybrid.cache.pages import PageStorage
@@ -52,9 +52,8 @@ def rewrite(storage: PageStorage, pool: PagePool, sources: list[Source], score: 
         places = [(row, width - len(source.tokens)) for row, source in enumerate(sources)]
         step = Step.plan(storage, Batch(pool, fresh), places=places)
         try:
-            tables = [_table(source.sequence) for source in sources]
             for layer in storage.layout.kept_layers:
-                step.write(layer, *_kept(storage, layer, sources, tables, width, score))
+                step.write(layer, *_kept(storage, layer, sources, width, score))
         except BaseException:
             step.abandon()
             raise
@@ -66,27 +65,24 @@ def rewrite(storage: PageStorage, pool: PagePool, sources: list[Source], score: 
     return fresh
 
 
-def _table(sequence: Sequence) -> PageTable:
-    return PageTable(torch.from_numpy(np.frombuffer(sequence.block_table(), np.int32).astype(np.int64)))
-
-
 def _kept(
     storage: PageStorage,
     layer: int,
     sources: list[Source],
-    tables: list[PageTable],
     width: int,
     score: Score,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is kept of one layer, ``[rows, num_kv_heads, width, its width]``, short rows at the end."""
     pools = storage.keys[layer], storage.values[layer]
     kept = [pool.new_zeros((len(sources), pool.shape[1], width, pool.shape[3])) for pool in pools]
-    for row, (source, table) in enumerate(zip(sources, tables, strict=True)):
+    for row, source in enumerate(sources):
         count = len(source.tokens)
         keys, values = (
             pool.new_empty((1, pool.shape[1], source.sequence.length, pool.shape[3])) for pool in pools
         )
-        storage.gather(layer, table, 0, source.sequence.length, (keys[0], values[0]))
+        with storage.still:
+            table = PageTable.of(source.sequence)
+            storage.gather(layer, table, 0, source.sequence.length, (keys[0], values[0]))
         places = choose(score(layer, row, keys.float(), values.float()), count)
         for target, states in zip(kept, (keys, values), strict=True):
             target[row : row + 1, :, width - count :] = gather(states, places)

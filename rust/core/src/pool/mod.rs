@@ -39,7 +39,7 @@ pub struct Pool {
     duplicates: Vec<PageId>,
     /// Closed sequences leave their last, partly filled block behind.
     keep_tails: bool,
-    /// A plan with demotions was made and not yet filled: no other may reserve pages.
+    /// The demotions of an open plan were not written yet: nobody else can plan, or would read what is not there.
     moving: bool,
     clock: Clock,
     history: History,

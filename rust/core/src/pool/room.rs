@@ -30,9 +30,7 @@ impl Pool {
     /// Return what must be demoted of what is held, so that `needed` pages can be reserved; or refuse.
     pub(super) fn find_room(&self, plan: &Plan, needed: usize) -> Result<Vec<Candidate>> {
         if self.moving {
-            return Err(Error::Argument(
-                "the pages of another plan are being moved: fill or abandon that first".into(),
-            ));
+            return Err(Error::Argument("the demotions of another plan are not written yet".into()));
         }
         let free = self.pages.num_free();
         if needed <= free {

@@ -159,13 +159,10 @@ impl Pool {
         Ok(())
     }
 
-    /// Let the victims go. From here on the targets of demotions are written.
+    /// Let the victims go. From here on the targets of demotions may be written.
     fn settle(&mut self, plan: &mut Plan) {
         if std::mem::replace(&mut plan.is_filled, true) {
             return;
-        }
-        if !plan.demotions.is_empty() {
-            self.moving = false;
         }
         if plan.victim_pages.is_empty() {
             return;
@@ -182,14 +179,27 @@ impl Pool {
         plan.victim_pages.clear();
     }
 
-    /// Make the step true: lengths move on, full blocks are sealed.
-    pub fn commit(&mut self, mut plan: Plan) {
+    /// Make the step true: lengths move on, full blocks are sealed, and private ones are final, too.
+    pub fn commit(&mut self, plan: Plan) {
+        self.finish(plan, true);
+    }
+
+    /// Make the step true for a caller who writes its pages later: `freeze` says how far they are final.
+    pub fn commit_unwritten(&mut self, plan: Plan) {
+        self.finish(plan, false);
+    }
+
+    fn finish(&mut self, mut plan: Plan, is_final: bool) {
         self.settle(&mut plan);
+        self.moved(&mut plan);
         self.totals.demoted_pages += plan.demotions.len() as u64;
         for row in plan.rows.iter().filter(|row| plan.touches(row)) {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
             sequence.planned = false;
             sequence.length += row.count;
+            if is_final {
+                sequence.frozen = sequence.length;
+            }
             if let Some(source) = sequence.replaced.take() {
                 self.totals.copied_pages += 1;
                 self.pages.release(source);

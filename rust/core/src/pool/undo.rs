@@ -6,15 +6,27 @@ use crate::plan::{Demotion, Plan};
 use crate::policy::Cause;
 
 impl Pool {
-    /// Undo the plan. Of one that was not filled, victims stand where they stood, and nothing is demoted; of one
-    /// that was, both stay as they are.
+    /// Undo the plan. Victims of one that was not filled stand where they stood, and so do the sources of
+    /// demotions of which nobody said that they were written (`moved`).
     pub fn abandon(&mut self, plan: Plan) {
-        self.abandon_with(plan, &[], false);
+        self.undo(plan, None);
     }
 
-    /// Undo a filled plan, and of its demotions those with the given targets: their pages keep full precision,
-    /// for good when the codec `refused` them. What could not be quantized is lost if it has left meanwhile.
-    pub fn abandon_with(&mut self, mut plan: Plan, targets: &[PageId], refused: bool) {
+    /// Undo a filled plan of whose demotions all were written but those with these targets: the codec refused
+    /// their pages, which keep full precision for good.
+    pub fn refuse(&mut self, plan: Plan, targets: &[PageId]) {
+        self.undo(plan, Some(targets));
+    }
+
+    /// Say that the demotions of a filled plan were written: they stay, whatever becomes of it.
+    pub fn moved(&mut self, plan: &mut Plan) {
+        if plan.is_filled && !plan.demotions.is_empty() {
+            plan.is_moved = true;
+            self.moving = false;
+        }
+    }
+
+    fn undo(&mut self, mut plan: Plan, refused: Option<&[PageId]>) {
         self.totals.abandoned_plans += 1;
         for row in plan.rows.iter().filter(|row| plan.touches(row)) {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
@@ -31,12 +43,13 @@ impl Pool {
         let mut gone: Vec<PageId> = plan.reserved.drain(sources..).collect();
         let demotions = std::mem::take(&mut plan.demotions);
         for (index, demotion) in demotions.iter().enumerate().rev() {
-            if plan.is_filled && !targets.contains(&demotion.target) {
+            let is_undone = refused.map_or(!plan.is_moved, |targets| targets.contains(&demotion.target));
+            if !is_undone {
                 self.totals.demoted_pages += 1;
                 continue;
             }
             let is_victims = !plan.is_filled && index >= plan.num_targets_taken;
-            if self.promote(demotion, refused) {
+            if self.promote(demotion, refused.is_some()) {
                 gone.retain(|page| *page != demotion.source);
                 if !is_victims {
                     self.pages.free(&[demotion.target]);
@@ -47,7 +60,7 @@ impl Pool {
         }
         plan.demotions = demotions;
         self.pages.free(&gone);
-        self.moving &= plan.is_filled || plan.demotions.is_empty();
+        self.moving &= plan.is_moved || plan.demotions.is_empty();
         let victims = plan.reserved.split_off(plan.num_taken);
         if plan.is_filled {
             self.pages.free(&victims);

@@ -68,30 +68,34 @@ impl Model {
         }
     }
 
-    /// Fill a plan and find that one of its pages cannot be quantized.
+    /// Fill a plan and find that one of its pages cannot be quantized; or, not `for_good`, fail before any is.
     pub(crate) fn refuse(&mut self, of: usize, which: usize, for_good: bool) {
         let moving = |open: &Open| !open.filled && open.plan.demotions().len() > 0;
-        let found: Vec<usize> = (0..self.plans.len()).filter(|of| moving(&self.plans[*of])).collect();
-        if found.is_empty() {
+        let Some(of) =
+            (0..self.plans.len()).cycle().skip(of).take(self.plans.len()).find(|of| moving(&self.plans[*of]))
+        else {
             return;
+        };
+        let Open { mut plan, rows, appended, .. } = self.plans.swap_remove(of);
+        let width = plan.max_pages();
+        let (mut tables, mut slots) = (vec![-1; width * rows.len()], vec![-1; plan.num_tokens()]);
+        self.pool.fill(&mut plan, &mut tables, width, &mut slots, &mut vec![-1; 2 * rows.len()]).unwrap();
+        if for_good {
+            let refused = which % plan.demotions().len();
+            for (_, (source, target)) in plan.demotions().enumerate().filter(|(index, _)| *index != refused) {
+                self.copy(source.0, target.0);
+            }
+            let (_, target) = plan.demotions().nth(refused).unwrap();
+            self.pool.refuse(plan, &[target]);
+        } else {
+            self.pool.abandon(plan);
         }
-        let of = found[of % found.len()];
-        let count = self.plans[of].plan.demotions().len();
-        let (source, target) = self.plans[of].plan.demotions().nth(which % count).unwrap();
-        let kept: Vec<u64> = self.page(source.0).to_vec();
-        self.fill(of);
-        // The target holds nothing, and the step has not begun: what it would write is not there.
-        let first = target.0 as usize * self.block;
-        self.memory[first..first + self.block].fill(0);
-        let first = source.0 as usize * self.block;
-        self.memory[first..first + self.block].copy_from_slice(&kept);
-        let Open { plan, rows, appended, .. } = self.plans.swap_remove(of);
-        self.pool.abandon_with(plan, &[target], for_good);
         self.give_back(rows, appended);
     }
 
-    pub(crate) fn page(&self, page: u32) -> &[u64] {
-        &self.memory[page as usize * self.block..(page as usize + 1) * self.block]
+    pub(crate) fn copy(&mut self, source: u32, target: u32) {
+        let source = source as usize * self.block;
+        self.memory.copy_within(source..source + self.block, target as usize * self.block);
     }
 
     pub(crate) fn fill(&mut self, of: usize) {
@@ -111,6 +115,7 @@ impl Model {
                 self.memory.copy_within(source..source + self.block, target.0 as usize * self.block);
             }
         }
+        self.pool.moved(plan);
         *filled = true;
         let mut slot = slots.iter();
         for (row, (of, length, count)) in rows.iter().enumerate() {
