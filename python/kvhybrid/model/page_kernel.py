@@ -49,8 +49,15 @@ class NativeAttention:
             numbers[layer] = len(layers)
             shape = (keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
             pool = (keys.data_ptr(), values.data_ptr(), keys.shape[0])
-            layers.append((pool, FLOATS[storage.dtype], shape, None))
+            layers.append((pool, FLOATS[storage.dtype], shape, self._cold(layer)))
         return PageKernel(layers), numbers
+
+    def _cold(self, layer: int) -> tuple[tuple[int, int, int], int] | None:
+        """Where a layer's quantized pages lie, how many there are, and their bits."""
+        keys, values = self.storage.cold_keys[layer], self.storage.cold_values[layer]
+        if keys is None or values is None or self.storage.codec is None:
+            return None
+        return (keys.data_ptr(), values.data_ptr(), keys.shape[0]), self.storage.codec.bits
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernel reads."""

@@ -19,6 +19,7 @@ from kvhybrid.model.triton.plan import DecodePlan
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.triton.decode import Records
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MOST_TOKENS = 16
@@ -90,8 +91,19 @@ class TritonAttention:
             plan = self._plan(step, keys, window)
             from kvhybrid.model.triton.decode import LayerPages, decode
 
-            decode(plan, LayerPages(keys, values), query, out, scale, window=window, cap=cap, sinks=sinks)
+            pages = LayerPages(keys, values, self._records(layer))
+            decode(plan, pages, query, out, scale, window=window, cap=cap, sinks=sinks)
         return out
+
+    def _records(self, layer: int) -> tuple[Records, ...]:
+        """Return a layer's quantized pages, where there are any."""
+        from kvhybrid.model.triton.decode import Records
+
+        storage = self.storage
+        keys, values = storage.cold_keys[layer], storage.cold_values[layer]
+        if keys is None or values is None or storage.codec is None:
+            return ()
+        return (Records(storage.codec.bits, keys, values),)
 
     def _plan(self, step: Step, keys: torch.Tensor, window: int | None) -> DecodePlan:
         """Return the step's plan for pages there; the layers of a step share it."""
@@ -99,8 +111,8 @@ class TritonAttention:
         key = keys.device, window
         if key not in known:
             top = max(int(span.table.ids.max()) for span in step.spans)
-            if top >= keys.shape[0]:
-                raise LayoutError(f"a block table names page {top}, there are {keys.shape[0]}")
+            if top >= self.storage.num_pages:
+                raise LayoutError(f"a block table names page {top}, there are {self.storage.num_pages}")
             known[key] = DecodePlan.of(step.spans, self.storage.block_size, window, keys.device)
         return known[key]
 
