@@ -108,12 +108,10 @@ impl Tree {
             }
             run
         } else {
-            let run = tail[range.clone()].to_vec();
-            tail.drain(..range.end);
-            run
+            tail.drain(..range.end).skip(range.start).collect()
         };
-        let pages = pages.to_vec();
-        let leaf = self.insert(Node { run, pages, start, parent: node, pins: 1, quantized, ..Node::default() });
+        let (parent, pages) = (node, pages.to_vec());
+        let leaf = self.insert(Node { run, pages, start, parent, pins: 1, quantized, ..Node::default() });
         self.link(leaf);
         leaf
     }
