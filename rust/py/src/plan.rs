@@ -111,9 +111,9 @@ impl Plan {
         let plan = self.take()?;
         let mut pool = self.shared.lock()?;
         if written {
-            pool.commit(plan)
+            pool.commit(plan);
         } else {
-            pool.commit_unwritten(plan)
+            pool.commit_unwritten(plan);
         }
         Ok(())
     }
