@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
+    from kvhybrid.model.transformers_cache import PagedSession
+
+# Contexts from here on are also decoded over pages of 8 and 4 bits.
+QUANTIZED = 8192
+# Tokens that are put into a session at once.
+PART = 256
 CONTEXTS = {"64": 64, "512": 512, "2k": 2048, "8k": 8192}
 
 
@@ -40,6 +46,27 @@ def stepper(model: LlamaForCausalLM, cache: object) -> Callable[[], object]:
     return step
 
 
+def open_session(
+    model: LlamaForCausalLM, max_tokens: int, bits: int = 16
+) -> tuple[PagedSession, LlamaForCausalLM]:
+    """Attach the model and return a session over it, and the model; of fewer bits with quantized pages."""
+    config = KVCacheConfig(
+        max_tokens=max_tokens, use_quantization=bits < 16, quantization_bits=bits, _env_file=None
+    )
+    return kvhybrid.attach(model, config=config).cache.session("bench"), model
+
+
+def fill(session: PagedSession, ids: torch.Tensor, known: list[list[torch.Tensor]]) -> None:
+    """Have the session hold these K and V, a part at a time: cold pages are quantized when there is need."""
+    for start in range(0, ids.shape[1], PART):
+        part = slice(start, start + PART)
+        session.rows.begin(ids[:, part], None)
+        with torch.inference_mode():
+            for layer, (key, value) in enumerate(known):
+                session.update(key[:, :, part], value[:, :, part], layer)
+        session.rows.finish(success=True)
+
+
 def measure(name: str, context: int, steps: int) -> dict[str, float]:
     """Return the median seconds of a step for each cache."""
     dtype = DTYPES[name]
@@ -49,20 +76,26 @@ def measure(name: str, context: int, steps: int) -> dict[str, float]:
     shape = (1, config.num_key_value_heads, context, config.head_dim)
     dynamic = DynamicCache(config=config)
     static = StaticCache(config=config, max_cache_len=context + steps + 4)
-    attachment = kvhybrid.attach(
-        model, config=KVCacheConfig(max_tokens=context + steps + 128, _env_file=None)
-    )
-    session = attachment.cache.session("bench")
+    sessions = {"ours": open_session(model, context + steps + 128)}
+    if context >= QUANTIZED:
+        # Three quarters of what is held lies in records; the newest pages are as they were.
+        sessions |= {
+            f"int{bits}": open_session(make_model(dtype, positions=context + steps + 64), context + 512, bits)
+            for bits in (8, 4)
+        }
     ids = torch.randint(0, VOCAB, (1, context), generator=generator)
-    session.rows.begin(ids, None)
+    known = [
+        [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)]
+        for _ in range(config.num_hidden_layers)
+    ]
     with torch.inference_mode():
-        for layer in range(config.num_hidden_layers):
-            key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-            for cache in (dynamic, static, session):
+        for layer, (key, value) in enumerate(known):
+            for cache in (dynamic, static):
                 cache.update(key, value, layer)
-    session.rows.finish(success=True)
+    for session, _ in sessions.values():
+        fill(session, ids, known)
     calls = {
-        "ours": stepper(model, session),
+        **{way: stepper(held_by, session) for way, (session, held_by) in sessions.items()},
         "dynamic": stepper(plain, dynamic),
         "static": stepper(plain, static),
     }
@@ -88,6 +121,10 @@ def main() -> None:
             seconds = measure(name, context, steps)
             for way in ("dynamic", "static"):
                 figures[f"{name}_{label}_vs_{way}"] = seconds["ours"] / seconds[way]
+            for way in seconds.keys() & {"int8", "int4"}:
+                figures[f"{name}_{way}_{label}_vs_full"] = seconds[way] / seconds["ours"]
+                if name == "bf16":
+                    figures[f"{way}_{label}_vs_bf16"] = seconds[way] / seconds["ours"]
             figures |= {f"{name}_{label}_{way}_ms": value * 1e3 for way, value in seconds.items()}
         for way in ("dynamic", "static"):
             grown = {
