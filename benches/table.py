@@ -25,6 +25,8 @@ DECODE = (
 REPRODUCIBLE = "{reproducible_prefill_ratio:.2f} times the usual in float32"
 COLD = "{overhead_128:.3f} times the model's own time; 2,048 in: {overhead_2k:.3f}"
 WARM = "{shared_2k_ours_ms:,.0f} ms; untouched model {shared_2k_plain_ms:,.0f}"
+LAYER = "{layer8b_bf16_ours_us:,.0f} us; torch as called {layer8b_bf16_called_us:,.0f}"
+CODEC = "{f32_int8_quantize_gb_per_s:.0f} / {f32_int8_dequantize_gb_per_s:.0f} GB/s"
 EVICTING = "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim"
 ROWS = [
     ("replay", "conversations replayed", "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}"),
@@ -39,6 +41,10 @@ ROWS = [
     ("generate", "first token behind 2,048 shared, float32", WARM),
     ("decode", "a token at 8k of context, float32", DECODE.format("f32")),
     ("decode", "the same, bfloat16", DECODE.format("bf16")),
+    ("decode", "the same over pages of 8 / 4 bits", "{bf16_8k_int8_ms:.1f} / {bf16_8k_int4_ms:.1f} ms"),
+    ("decode", "attention of one Llama-8B layer at 8k, bfloat16", LAYER),
+    ("codec", "a page to 8 bits and back, float32", CODEC),
+    ("evict", "a victim of 300,000 pages, learned order", "{victim_us_300k:.2f} us"),
 ]
 
 

@@ -7,14 +7,14 @@ leaves as pages. The learned order rules throughout (``survival``: no guard); ``
 cachetools' LRU, whose evictions choose nothing, stands beside where it is installed.
 """
 
-import argparse
 import statistics
 import time
 
 import numpy as np
 
+from report import arguments, write_report
+
 from kvhybrid._core import Batch, PagePool
-from kvhybrid.report import write_report
 
 BLOCK = 16
 SMALL, LARGE = 10_000, 300_000
@@ -84,21 +84,20 @@ def cachetools_us(num_keys, count):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", help="write the figures to this file; - is stdout")
-    arguments = parser.parse_args()
+    options = arguments(__doc__.splitlines()[0]).parse_args()
+    share = 16 if options.quick else 4  # of the pages, that leave
     figures = {}
     for policy, prefix in [("survival", ""), ("lru", "lru_")]:
         for size, name in [(SMALL, "10k"), (LARGE, "300k")]:
             pool = filled(size, policy)
-            figures[f"{prefix}victim_us_{name}"] = victim_us(pool, size // 4, 32)
-            figures[f"{prefix}victim_alone_us_{name}"] = victim_us(pool, size // 8, 1)
+            figures[f"{prefix}victim_us_{name}"] = victim_us(pool, size // share, 32)
+            figures[f"{prefix}victim_alone_us_{name}"] = victim_us(pool, size // (2 * share), 1)
             figures[f"{prefix}bytes_a_page_{name}"] = pool.bookkeeping_bytes() / size
         figures[f"{prefix}flatness"] = figures[f"{prefix}victim_us_300k"] / figures[f"{prefix}victim_us_10k"]
         figures[f"{prefix}touch_us"] = touch_us(policy)
-    if (peer := cachetools_us(LARGE, 100_000)) is not None:
+    if (peer := cachetools_us(LARGE, LARGE // share)) is not None:
         figures["cachetools_insert_us_300k"] = peer
-    write_report("evict", figures, arguments.json)
+    write_report("evict", figures, options.json)
 
 
 if __name__ == "__main__":
