@@ -11,7 +11,6 @@ import statistics
 import time
 
 import numpy as np
-
 from report import arguments, write_report
 
 from kvhybrid._core import Batch, PagePool
