@@ -18,7 +18,8 @@ VERSIONS := $(OLDEST) 5.18.0
 # What of the tests depends on it.
 MODEL_TESTS := tests/model tests/cache/test_measured.py tests/test_layout.py
 # Of these on every change: not what takes long and asks little of the version.
-QUICK_TESTS = $(filter-out $(addprefix tests/model/test_,attention.py call_fuzz.py reproducible.py), \
+QUICK_TESTS = $(filter-out $(addprefix tests/model/test_,attention.py call_fuzz.py reproducible.py \
+	triton.py triton_build.py), \
 	$(wildcard tests/model/test_*.py)) $(filter-out tests/model,$(MODEL_TESTS))
 ENV_OF = .venv-transformers-$(1)
 WITH = PYTHONPATH=python $(call ENV_OF,$(1))/bin/python

@@ -39,7 +39,9 @@ class Case:
     cap: float | None = None
     sinks: bool = False
     shared: int = 0
-    """Pages at the start that all rows share."""
+    """Pages at the start that rows share."""
+    loners: int = 0
+    """Rows, the last ones, that share nothing."""
     processors: int = 1
     packed: bool = True
     seed: int = 0
@@ -81,6 +83,7 @@ CASES = {
     "records, bfloat16": Case(classes=(8, 4), dtype="bfloat16", rows=((70, 1),)),
     "records in parts": Case(classes=(8, 4, 16), rows=((900, 1),), block=64, processors=8),
     "shared prefix": Case(rows=((70, 1), (80, 1), (64, 1)), shared=4),
+    "shared prefix of some rows": Case(rows=((70, 1), (80, 1), (64, 1)), shared=4, loners=1),
     "shared prefix, ragged": Case(rows=((70, 2), (80, 1), (64, 3)), shared=4, group=3),
     "shared prefix in parts": Case(rows=((700, 1), (650, 2)), shared=10, block=64, processors=8),
     "shared prefix, more queries than a program holds": Case(
@@ -186,9 +189,11 @@ class Scene:
             return next(pools[16 if is_last else case.classes[number % len(case.classes)]])
 
         shared = [take(number, 10**9) for number in range(case.shared)]
+        sharing = len(totals) - case.loners
+        commons = [case.shared if index < sharing else 0 for index in range(len(totals))]
         tables = [
-            [shared[n] if n < case.shared else take(n, past) for n in range(-(-total // block))]
-            for (past, _), total in zip(case.rows, totals, strict=True)
+            [shared[n] if n < common else take(n, past) for n in range(-(-total // block))]
+            for common, (past, _), total in zip(commons, case.rows, totals, strict=True)
         ]
         spans, column = [], 0
         for index, ((past, count), ids) in enumerate(zip(case.rows, tables, strict=True)):
@@ -257,10 +262,13 @@ class Scene:
         out = torch.full(shape, marker, dtype=self.query.dtype, device=device)
         sinks = None if self.sinks is None else self.sinks.to(device)
         self.was_shared = plan.shared is not None
-        for launch in launches(
+        steps = launches(
             plan, pages, self.query.to(device), out, self.scale,
             window=case.window, cap=case.cap, sinks=sinks, processors=case.processors,
-        ):  # fmt: skip
+        )  # fmt: skip
+        for name in ("parts", "part_sums"):
+            steps[-1].arguments[name].fill_(math.nan)
+        for launch in steps:
             launch.run()
         worst, out = 0.0, out.cpu()
         for span, expected in zip(self.spans, self.expected, strict=True):

@@ -95,7 +95,7 @@ def launches(
     # Some pointer must be passed for a class that is not there; it is never read.
     none = Records(0, pages.keys, pages.values)
     first, second = (*pages.records, none, none)[:2]
-    most_queries, tile = _sizes(max(head_dim, value_dim), exact=exact, has_records=bool(pages.records))
+    most_queries, tile = _sizes(max(head_dim, value_dim), exact=exact, classes=len(pages.records))
     if pages.records:
         tile = min(tile, block)  # a tile of records lies within one page
 
@@ -187,7 +187,7 @@ def _parts(works: Works, programs: int, processors: int) -> int:
     return max(1, min(wanted, works.most_tokens // LEAST_TOKENS, MOST_PARTS))
 
 
-def _sizes(width: int, *, exact: bool, has_records: bool) -> tuple[int, int]:
+def _sizes(width: int, *, exact: bool, classes: int) -> tuple[int, int]:
     """Return the queries and the tokens that a program holds at once: as many as fit its registers.
 
     Chosen with ``benches/peers/triton_build.py``, which reports registers and spills of each variant.
@@ -195,8 +195,8 @@ def _sizes(width: int, *, exact: bool, has_records: bool) -> tuple[int, int]:
     wide = _wide(width)
     if exact:
         return 16, 16
-    cost = wide * (2 if has_records else 1)
-    return 32 if has_records else 64, 64 if cost <= 128 else 32 if cost <= 256 else 16
+    cost = wide << classes
+    return 32 if classes else 64, 64 if cost <= 128 else 32 if cost <= 256 else 16
 
 
 def _wide(width: int) -> int:
