@@ -122,7 +122,7 @@ class Step:
         return len(self._slots)
 
     @cached_property
-    def _reach(self) -> tuple[int, int]:
+    def reach(self) -> tuple[int, int]:
         """Rows and columns that the input must have at least."""
         rows = max((span.row + 1 for span in self.spans), default=0)
         return rows, max((span.column + span.count for span in self.spans), default=0)
@@ -185,11 +185,20 @@ class Step:
     def check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise ``LayoutError`` unless ``[batch, num_kv_heads, tokens, width]`` fits layout and step."""
         self.storage.check(layer, key, value)
-        batch, tokens = self._reach
+        batch, tokens = self.reach
         if key.shape[0] != value.shape[0] or key.shape[0] < batch or key.shape[2] < tokens:
             raise LayoutError(
                 f"layer {layer}: K is {list(key.shape)} and V {list(value.shape)}, the step needs "
                 f"{batch} rows of {tokens} tokens"
+            )
+
+    def check_query(self, layer: int, query: torch.Tensor) -> None:
+        """Raise ``LayoutError`` unless ``[batch, heads, tokens, head_dim]`` reaches every new token."""
+        (batch, tokens), width = self.reach, self.storage.keys[layer].shape[3]
+        if query.shape[0] < batch or query.shape[2] < tokens or query.shape[3] != width:
+            raise LayoutError(
+                f"layer {layer}: the query is {list(query.shape)}, the step needs {batch} rows of {tokens} "
+                f"tokens, and keys are {width} wide"
             )
 
     def has(self, layer: int) -> bool:

@@ -61,8 +61,10 @@ class PagedAttention:
 
         ``query`` ``[batch, heads, tokens, head_dim]``; ``key`` and ``value``: the step's own. ``window``: a
         token sees itself and the ``window - 1`` before it. Returns ``[batch, tokens, heads,
-        value_head_dim]`` in the query's dtype, zeros where no row lies.
+        value_head_dim]`` in the query's dtype, zeros where no row lies. Raises ``LayoutError`` for a query, K
+        or V that do not fit the step.
         """
+        step.check_query(layer, query)
         batch, heads, tokens, _ = query.shape
         scale = scale if scale is not None else query.shape[-1] ** -0.5
         if self.native is not None and self.native.takes(step, query):

@@ -72,7 +72,7 @@ class NativeAttention:
             return False
         if key.dtype != self.storage.dtype or value.dtype != self.storage.dtype:
             return False
-        if (key.shape, value.shape) != self._single.get(layer) or len(step.spans) != 1:
+        if (key.shape, value.shape) != self._single.get(layer) or step.reach != (1, 1):
             step.check(layer, key, value)
         return True
 
@@ -108,11 +108,15 @@ class NativeAttention:
             query = query.contiguous()
         width = self.storage.values[layer].shape[3]
         room = torch.zeros if step.num_tokens < batch * tokens else torch.empty
-        answer = room((batch, tokens, heads, width), dtype=query.dtype)
+        answer = room((batch, tokens, heads, width), dtype=query.dtype, device=query.device)
         new = None
         if not step.has(layer):
-            key, value = key.contiguous(), value.contiguous()
-            new = (_strided(key), _strided(value))
+            # Looked at again: between handing them over and attending a model may have changed them.
+            if self.writes(step, layer, key, value):
+                key, value = key.contiguous(), value.contiguous()
+                new = (_strided(key), _strided(value))
+            else:
+                step.write(layer, key, value)
         kernel.attend(
             numbers[layer],
             step.kernel_rows,
