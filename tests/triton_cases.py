@@ -325,6 +325,35 @@ def model_error(device: torch.device) -> dict[str, float]:
     return {"error": worst, "taken": taken, "layers": len(cache.layout.kept_layers)}
 
 
+def quantized_error(device: torch.device) -> dict[str, float]:
+    """Return how far logits are off behind a session whose old pages were quantized, told what they hold."""
+    from families import make_model, prompt
+    from transformers import DynamicCache
+
+    from kvhybrid import KVCacheConfig
+    from kvhybrid.cache.kv_cache import KVCache
+    from kvhybrid.model.attach import Attachment
+    from kvhybrid.model.routes import Route
+    from kvhybrid.model.triton.attention import TritonAttention
+
+    model = make_model("llama").to(device)
+    config = KVCacheConfig(
+        max_tokens=512, block_size=16, use_quantization=True, quantization_bits=4, _env_file=None
+    )
+    cache = KVCache.for_model(model, config)
+    with Attachment(model, cache, Route.PAGED, "test").install() as attachment, torch.no_grad():
+        session = cache.session("a")
+        model(prompt(300).to(device), past_key_values=session)
+        attachment._attention.native = TritonAttention(cache.storage)
+        past, ids = DynamicCache(), prompt(3, seed=1).to(device)
+        for index, layer in enumerate(session.layers):
+            past.update(layer.keys.clone(), layer.values.clone(), index)
+        found, expected = (model(ids, past_key_values=held).logits for held in (session, past))
+        table = np.frombuffer(session.rows.rows.sequences[0].block_table(), np.int32)
+        cold = int((table >= cache.storage.num_full).sum())
+    return {"error": float((found - expected).abs().max()), "cold": cold}
+
+
 def teach_bfloat16() -> None:
     """Have Triton's interpreter convert to and multiply bfloat16: it takes it for the uint16 it lies in."""
     from triton.language import bfloat16, float32
@@ -360,7 +389,7 @@ def main() -> None:
         error = scene.error(device)
         found[name] = {"error": error, "shared": scene.was_shared, "dtype": case.dtype}
         sys.stderr.write(f"{time.perf_counter() - start:.2f} s  {error:.2g}  {name}\n")
-    json.dump(found | {"model": model_error(device)}, sys.stdout)
+    json.dump(found | {"model": model_error(device), "quantized": quantized_error(device)}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -84,10 +84,18 @@ def test_a_model_over_shared_pages_gives_its_own_logits(interpreted: dict[str, d
 
 
 @needs_triton
+def test_a_session_reads_its_quantized_pages(interpreted: dict[str, dict[str, object]]) -> None:
+    found = interpreted["quantized"]
+    assert found["cold"] > 0
+    assert found["error"] <= 2e-4
+
+
+@needs_triton
 @needs_cuda
 def test_a_gpu_finds_the_same() -> None:
     found = answers("cuda")
-    model = found.pop("model")
+    model, quantized = found.pop("model"), found.pop("quantized")
+    assert quantized["error"] <= 1e-3
     assert model["error"] <= 1e-3
     assert model["taken"] == 4 * model["layers"]
     for name, of in found.items():
