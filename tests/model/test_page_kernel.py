@@ -10,7 +10,9 @@ from kvhybrid.cache.step import Span, Step
 from kvhybrid.errors import LayoutError
 from kvhybrid.layout import KVLayout
 from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.interface import reading_pages
 from kvhybrid.model.page_kernel import NativeAttention
+from kvhybrid.model.routes import PagedReader
 
 HEADS, DIM = 2, 8
 
@@ -78,3 +80,16 @@ def test_the_answer_lies_beside_the_query_whatever_the_default_device_is() -> No
     with torch.device("meta"):
         answer = paged.attend(step, 0, query, key, value)
     assert torch.allclose(answer, value.transpose(1, 2))
+
+
+def test_a_layer_that_hands_over_k_and_v_again_attends_to_the_new_ones() -> None:
+    paged, _, step = attention_over(3)
+    reader = PagedReader(paged)
+    query, first, second = states(3), (states(3), states(3)), (states(3), states(3))
+    with reading_pages(True):
+        reader.read(step, 0, *first)
+        paged.attend(step, 0, query, *first)
+        reader.read(step, 0, *second)
+        found = paged.attend(step, 0, query, *second)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *second, is_causal=True)
+    assert torch.allclose(found, expected.transpose(1, 2), atol=1e-5)
