@@ -190,9 +190,13 @@ class PageStorage:
         if done < count:
             pages[int(table[index])][:, : count - done] = new[:, done:]
 
+    def is_single(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Return True for a token that comes alone, ``[1, num_kv_heads, 1, width]`` in the layer's widths."""
+        return 0 <= layer < len(self._single) and (key.shape, value.shape) == self._single[layer]
+
     def write_slot(self, layer: int, page: int, offset: int, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Write a single token that comes alone, ``[1, num_kv_heads, 1, width]``; False for other shapes."""
-        if not 0 <= layer < len(self._single) or (key.shape, value.shape) != self._single[layer]:
+        if not self.is_single(layer, key, value):
             return False
         for pages, new in ((self.keys[layer], key), (self.values[layer], value)):
             strides = pages.stride()

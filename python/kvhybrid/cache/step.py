@@ -201,6 +201,15 @@ class Step:
                 f"tokens, and keys are {width} wide"
             )
 
+    def room_for(self, query: torch.Tensor, width: int) -> torch.Tensor:
+        """Return room for the answer to ``query`` ``[batch, heads, tokens, head_dim]``: zeros where none is.
+
+        ``[batch, tokens, heads, width]``, in the query's dtype and where it is, contiguous.
+        """
+        batch, heads, tokens, _ = query.shape
+        room = torch.zeros if self.num_tokens < batch * tokens else torch.empty
+        return room((batch, tokens, heads, width), dtype=query.dtype, device=query.device)
+
     def has(self, layer: int) -> bool:
         """Return True when the layer's new K and V were written."""
         return layer in self._written

@@ -65,7 +65,7 @@ class PagedAttention:
         or V that do not fit the step.
         """
         step.check_query(layer, query)
-        batch, heads, tokens, _ = query.shape
+        batch, _, tokens, _ = query.shape
         scale = scale if scale is not None else query.shape[-1] ** -0.5
         if self.native is not None and self.native.takes(step, query):
             return self.native.attend(step, layer, query, key, value, scale, window)
@@ -74,8 +74,7 @@ class PagedAttention:
         if batch == 1 and len(step.spans) == 1 and step.num_tokens == tokens:
             rows = self._attend_row(step.spans[0], layer, query[0], key[0], value[0], scale, window)
             return rows.transpose(0, 1)[None]
-        out = query.new_zeros if step.num_tokens < batch * tokens else query.new_empty
-        result = out((batch, tokens, heads, value.shape[-1]))
+        result = step.room_for(query, value.shape[-1])
         for span in step.spans:
             new = slice(span.column, span.column + span.count)
             q, k, v = query[span.row, :, new], key[span.row, :, new], value[span.row, :, new]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from kvhybrid._core import PageKernel
+from kvhybrid.cache.codec import DTYPES
 from kvhybrid.cache.team import team_address
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ Layer: TypeAlias = tuple[
 ]
 # Up to this many new tokens a row; with more, torch's matmuls over a gathered past are faster.
 MOST_TOKENS = 16
-FLOATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class NativeAttention:
@@ -36,7 +36,7 @@ class NativeAttention:
     def serves(storage: PageStorage) -> bool:
         """Return True when the pages of every layer lie on a CPU, in a format that the kernel reads."""
         pools = [storage.keys[layer] for layer in storage.layout.kept_layers]
-        return storage.dtype in FLOATS and all(pool.device.type == "cpu" for pool in pools)
+        return storage.dtype in DTYPES and all(pool.device.type == "cpu" for pool in pools)
 
     @cached_property
     def _kernel(self) -> tuple[PageKernel, dict[int, int]]:
@@ -49,7 +49,7 @@ class NativeAttention:
             numbers[layer] = len(layers)
             shape = (keys.shape[1], keys.shape[2], keys.shape[3], values.shape[3])
             pool = (keys.data_ptr(), values.data_ptr(), keys.shape[0])
-            layers.append((pool, FLOATS[storage.dtype], shape, self._cold(layer)))
+            layers.append((pool, DTYPES[storage.dtype], shape, self._cold(layer)))
         return PageKernel(layers), numbers
 
     def _cold(self, layer: int) -> tuple[tuple[int, int, int], int] | None:
@@ -61,7 +61,7 @@ class NativeAttention:
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernel reads."""
-        return step.longest <= MOST_TOKENS and query.dtype in FLOATS and query.device.type == "cpu"
+        return step.longest <= MOST_TOKENS and query.dtype in DTYPES and query.device.type == "cpu"
 
     def writes(self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Return True when ``attend`` can write the layer's new K and V itself: one call less a layer.
@@ -72,21 +72,9 @@ class NativeAttention:
             return False  # what a layer hands over a second time takes the place of the first at once
         if key.dtype != self.storage.dtype or value.dtype != self.storage.dtype:
             return False
-        if (key.shape, value.shape) != self._single.get(layer) or step.reach != (1, 1):
+        if step.reach != (1, 1) or not self.storage.is_single(layer, key, value):
             step.check(layer, key, value)
         return True
-
-    @cached_property
-    def _single(self) -> dict[int, tuple[torch.Size, torch.Size]]:
-        """What a single row's single token looks like in each layer: most are, and need no further check."""
-        pools = {
-            layer: (self.storage.keys[layer], self.storage.values[layer])
-            for layer in self.storage.layout.kept_layers
-        }
-        return {
-            layer: (torch.Size((1, k.shape[1], 1, k.shape[3])), torch.Size((1, v.shape[1], 1, v.shape[3])))
-            for layer, (k, v) in pools.items()
-        }
 
     def attend(
         self,
@@ -103,12 +91,11 @@ class NativeAttention:
         ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, value_head_dim]``.
         """
         kernel, numbers = self._kernel
-        batch, heads, tokens, _ = query.shape
+        _, heads, tokens, _ = query.shape
         if query.stride(3) != 1:
             query = query.contiguous()
         width = self.storage.values[layer].shape[3]
-        room = torch.zeros if step.num_tokens < batch * tokens else torch.empty
-        answer = room((batch, tokens, heads, width), dtype=query.dtype, device=query.device)
+        answer = step.room_for(query, width)
         new = None
         if not step.has(layer):
             # Looked at again: between handing them over and attending a model may have changed them.
@@ -120,7 +107,7 @@ class NativeAttention:
         kernel.attend(
             numbers[layer],
             step.kernel_rows,
-            FLOATS[query.dtype],
+            DTYPES[query.dtype],
             heads,
             _strided(query),
             (answer.data_ptr(), tokens * heads * width, width, heads * width),

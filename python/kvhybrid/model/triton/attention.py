@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvhybrid.cache.codec import DTYPES
 from kvhybrid.errors import LayoutError
 from kvhybrid.model.triton.plan import DecodePlan
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from kvhybrid.cache.step import Step
     from kvhybrid.model.triton.decode import Records
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MOST_TOKENS = 16
 """New tokens a row; with more, matrix products over a gathered past have enough to do."""
 WIDEST = 256
@@ -47,14 +47,14 @@ class TritonAttention:
         """Return True when every layer's pages lie on a GPU, in a shape and format that the kernels read."""
         pools = [pool for layer in storage.layout.kept_layers for pool in _pools(storage, layer)]
         return (
-            storage.dtype in FLOATS
+            storage.dtype in DTYPES
             and all(pool.shape[3] <= WIDEST for pool in pools)
             and all(_runs_triton(device) for device in {pool.device for pool in pools})
         )
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernels read."""
-        return step.longest <= MOST_TOKENS and query.dtype in FLOATS
+        return step.longest <= MOST_TOKENS and query.dtype in DTYPES
 
     def writes(self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Return False: new K and V are written by a copy, before anybody attends."""
@@ -81,12 +81,10 @@ class TritonAttention:
         """
         if not step.has(layer):
             step.write(layer, key, value)
-        batch, heads, tokens, _ = query.shape
         if query.stride(3) != 1:
             query = query.contiguous()
         keys, values = _pools(self.storage, layer)
-        room = torch.zeros if step.num_tokens < batch * tokens else torch.empty
-        out = room((batch, tokens, heads, values.shape[3]), dtype=query.dtype, device=query.device)
+        out = step.room_for(query, values.shape[3])
         with torch.cuda.device_of(query):
             plan = self._plan(step, keys, window)
             from kvhybrid.model.triton.decode import LayerPages, decode
