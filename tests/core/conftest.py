@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kvhybrid._core import Batch
+from kvhybrid._core import Batch, PagePool
 
 
 @pytest.fixture
@@ -24,3 +24,8 @@ def compute():
         return SimpleNamespace(copies=plan.copies, tables=tables, slots=slots, lengths=lengths)
 
     return step
+
+
+@pytest.fixture
+def pool():
+    return PagePool(8, 4)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from families import make_model, prompt
-from transformers import DynamicCache
+from gapped import Gapped
 
 import kvhybrid
 from kvhybrid import InvalidRequestError, KVCacheConfig, UnsupportedError
@@ -59,22 +59,6 @@ def compressed(attachment: Attachment, kept: float = 0.4, ids: torch.Tensor | No
     feed(attachment, session, prompt(LENGTH) if ids is None else ids)
     assert session.compress(kept) > 0
     return session
-
-
-class Gapped(DynamicCache):
-    """transformers' own cache with tokens taken out of it, head by head."""
-
-    gap = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(super().get_seq_length(layer_idx)) + self.gap
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        fed = query_length if isinstance(query_length, int) else len(query_length)
-        return self.get_seq_length(layer_idx) - self.gap + fed, self.gap
 
 
 @torch.no_grad()

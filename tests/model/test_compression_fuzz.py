@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import make_model, prompt
-from transformers import DynamicCache
+from gapped import Gapped
 
 from kvhybrid import KVCacheConfig
 from kvhybrid.cache.compress.selection import RECENT, gather, kept_tokens
@@ -18,22 +18,6 @@ from kvhybrid.model.routes import Route
 
 SCORERS = ("streaming", "keydiff", "lagkv", "knorm")
 STEPS = 14
-
-
-class Gapped(DynamicCache):
-    """transformers' own cache, shorter than its text by ``gap``."""
-
-    gap = 0
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return int(super().get_seq_length(layer_idx)) + self.gap
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.get_seq_length(layer_idx)
-
-    def get_mask_sizes(self, query_length: Any, layer_idx: int = 0) -> tuple[int, int]:
-        fed = query_length if isinstance(query_length, int) else len(query_length)
-        return self.get_seq_length(layer_idx) - self.gap + fed, self.gap
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
