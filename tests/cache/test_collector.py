@@ -4,6 +4,7 @@ import gc
 import os
 import threading
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -268,4 +269,64 @@ def test_texts_that_run_meanwhile_keep_every_page(settle):
     settle(lambda: used(cache) < collector.high)
     cache.pool.check()
     assert cache.get_stats()["gc_evicted_pages"] > 0
+    cache.close()
+
+
+def test_a_codec_that_fails_is_counted_said_once_and_costs_no_eviction(settle, monkeypatch, caplog):
+    layout = replace(LAYOUT, block_size=16)
+    config = KVCacheConfig(
+        max_tokens=20 * 16,
+        block_size=16,
+        use_quantization=True,
+        quantization_bits=8,
+        gc_threshold=0.5,
+        enable_gc=True,
+        _env_file=None,
+    )
+    cache = KVCache(config, layout=layout)
+    thread_died = []
+    monkeypatch.setattr(threading, "excepthook", thread_died.append)
+
+    def fail(pairs):
+        raise RuntimeError("no codec today")
+
+    quantize, cache.storage.quantize = cache.storage.quantize, fail
+    collector = cache._collector
+    filled = 0
+    while used(cache) < cache.pool.num_pages and cache.pool.num_free > cache.pool.num_free_quantized:
+        compute(cache, 16, filled * 1000).close()
+        filled += 1
+    settle(lambda: collector.failures > 0)
+    failures = collector.failures
+    cache.storage.settled()
+    settle(lambda: collector.failures > failures)
+    cache.storage.quantize = quantize
+    cache.storage.settled()
+    settle(lambda: cache.get_stats()["quantized_tokens"] > 0)
+    assert cache.get_stats()["gc_failures"] == collector.failures
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == [
+        "background eviction failed and goes on; further failures are counted as gc_failures"
+    ]
+    assert thread_died == []
+    cache.pool.check()
+    cache.close()
+
+
+def test_pages_are_evicted_though_none_can_be_quantized(monkeypatch):
+    layout = replace(LAYOUT, block_size=16)
+    config = KVCacheConfig(
+        max_tokens=20 * 16, block_size=16, use_quantization=True, quantization_bits=8, _env_file=None
+    )
+    cache = KVCache(config, layout=layout)
+    collector = Collector(cache.pool, 0.05, cache.storage)
+    for number in range(cache.storage.num_full):
+        compute(cache, 16, number * 1000).close()
+
+    def fail(pairs):
+        raise RuntimeError("no codec today")
+
+    monkeypatch.setattr(cache.storage, "quantize", fail)
+    assert collector.collect() > 0
+    assert (collector.failures, collector.runs) == (1, 1)
+    cache.pool.check()
     cache.close()

@@ -6,6 +6,7 @@ pool's, too, and holds without a collector.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import weakref
@@ -43,6 +44,8 @@ class Collector:
         self.low = min(math.floor(pool.num_pages * threshold * LOW_WATERMARK), self.high - 1)
         self.runs = 0
         self.evicted_pages = 0
+        self.failures = 0
+        """Runs in which something raised: the codec on a device, mostly."""
         self._wake = threading.Event()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -55,12 +58,18 @@ class Collector:
             self._wake.set()
 
     def collect(self) -> int:
-        """Demote and evict down to the low watermarks if a threshold is reached; return what was evicted."""
+        """Demote and evict down to the low watermarks if a threshold is reached; return what was evicted.
+
+        A codec that raises is counted in ``failures``, said once, and keeps nothing from being evicted.
+        """
         if not self._is_due():
             return 0
         self.runs += 1
         if self._is_warm():
-            self._demote()
+            try:
+                self._demote()
+            except Exception as error:  # noqa: BLE001  # of whatever library a device's codec runs on
+                self._failed(error)
         if self._used() < self.high:
             return 0
         total = 0
@@ -79,6 +88,15 @@ class Collector:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _failed(self, error: Exception) -> None:
+        """Count an exception; the first is logged, because every run may bring one more."""
+        self.failures += 1
+        if self.failures == 1:
+            logging.getLogger(__name__).error(
+                "background eviction failed and goes on; further failures are counted as gc_failures",
+                exc_info=error,
+            )
 
     def _used(self) -> int:
         return self._pool.num_pages - self._pool.num_free

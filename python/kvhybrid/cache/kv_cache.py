@@ -227,6 +227,7 @@ class KVCache:
         pages in use apart by what they are stored in. ``capacity_bytes`` never exceeds
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
+        ``gc_failures`` counts its runs in which something raised.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
         ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
         ``learned_order_rules`` is 1 while pages leave in the learned order, 0 while in order of recency, by
@@ -257,6 +258,7 @@ class KVCache:
             "sessions": len(self._sessions) + len(self._tensors),
             "gc_runs": self._collector.runs if self._collector else 0,
             "gc_evicted_pages": self._collector.evicted_pages if self._collector else 0,
+            "gc_failures": self._collector.failures if self._collector else 0,
             "cleared_pages": self._cleared_pages,
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
