@@ -238,7 +238,7 @@ class PageKernel:
                 tuple[int, int, int],
                 int,
                 tuple[int, int, int, int],
-                tuple[tuple[int, int, int], int] | None,
+                list[tuple[tuple[int, int, int], int]],
             ]
         ],
         *,
@@ -246,8 +246,9 @@ class PageKernel:
     ) -> PageKernel:
         """``layers``: for each one the addresses of full keys and values and how many pages lie there; their
         format (0, 1, 2: float32, float16, bfloat16); heads of K, tokens a page, widths of K and of V;
-        and, where there are quantized pages, their addresses and number and the bits of a code. Whoever
-        made the tensors keeps them alive. ``isa``: one of ``available()``, the best one when None."""
+        and, for each of up to two formats of quantized pages, their addresses and number and the bits of a
+        code; ids count through them in this order. Whoever made the tensors keeps them alive. ``isa``: one
+        of ``available()``, the best one when None."""
     @property
     def isa(self) -> str: ...
     @staticmethod

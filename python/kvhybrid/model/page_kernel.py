@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
     from kvhybrid.cache.step import Step
 
-# Addresses and number of full pages, format, shape; addresses and number of quantized ones, and bits.
+# Addresses and number of full pages, format, shape; of each kind of quantized pages the same, and bits.
 Layer: TypeAlias = tuple[
-    tuple[int, int, int], int, tuple[int, int, int, int], tuple[tuple[int, int, int], int] | None
+    tuple[int, int, int], int, tuple[int, int, int, int], list[tuple[tuple[int, int, int], int]]
 ]
 # Up to this many new tokens a row; with more, torch's matmuls over a gathered past are faster.
 MOST_TOKENS = 16
@@ -52,12 +52,12 @@ class NativeAttention:
             layers.append((pool, DTYPES[storage.dtype], shape, self._cold(layer)))
         return PageKernel(layers), numbers
 
-    def _cold(self, layer: int) -> tuple[tuple[int, int, int], int] | None:
+    def _cold(self, layer: int) -> list[tuple[tuple[int, int, int], int]]:
         """Where a layer's quantized pages lie, how many there are, and their bits."""
         keys, values = self.storage.cold_keys[layer], self.storage.cold_values[layer]
         if keys is None or values is None or self.storage.codec is None:
-            return None
-        return (keys.data_ptr(), values.data_ptr(), keys.shape[0]), self.storage.codec.bits
+            return []
+        return [((keys.data_ptr(), values.data_ptr(), keys.shape[0]), self.storage.codec.bits)]
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernel reads."""

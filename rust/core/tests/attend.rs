@@ -82,21 +82,20 @@ struct Shape {
     value_dim: usize,
     pages: usize,
     cold_pages: usize,
-    bits: Bits,
     pool: Float,
     asked: Float,
 }
 
 /// Random records, and what they stand for: `[page][head][token][dim]`.
-fn records(shape: &Shape, layer: &Layer, numbers: &mut Numbers, values: bool) -> Buffer {
+fn records(shape: &Shape, layer: &Layer, numbers: &mut Numbers, bits: Bits, values: bool) -> Buffer {
     let (block, dim) = (shape.block, if values { shape.value_dim } else { shape.dim });
-    let size = if values { layer.value_bytes(shape.bits) } else { layer.key_bytes(shape.bits) };
+    let size = if values { layer.value_bytes(bits) } else { layer.key_bytes(bits) };
     let mut buffer = Buffer { bytes: vec![0; shape.cold_pages * shape.kv_heads * size], values: Vec::new() };
     for record in buffer.bytes.chunks_exact_mut(size) {
         for byte in record.iter_mut() {
             *byte = numbers.next() as u8;
         }
-        let four = shape.bits == Bits::Four;
+        let four = bits == Bits::Four;
         let half = dim.div_ceil(2);
         let codes = match (values, four) {
             (_, false) => dim * block,
@@ -142,7 +141,7 @@ fn pages(shape: &Shape, dim: usize, numbers: &mut Numbers, spoiled: bool) -> Buf
 
 /// The largest error of one random call, relative to the answer's own size.
 #[allow(clippy::too_many_lines)] // one case from its shape to its answer
-fn case(seed: u64) -> (Float, Option<Bits>, f64) {
+fn case(seed: u64) -> (Float, Vec<Bits>, f64) {
     let mut numbers = Numbers(seed);
     let n = &mut numbers;
     let has_cold = n.below(2) == 0;
@@ -154,8 +153,7 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
         dim: n.of(&widths),
         value_dim: n.of(&widths),
         pages: 12,
-        cold_pages: if has_cold { 9 } else { 0 },
-        bits: n.of(&[Bits::Eight, Bits::Four]),
+        cold_pages: 9,
         pool: n.of(&[Float::F32, Float::F16, Float::Bf16]),
         asked: n.of(&[Float::F32, Float::F16, Float::Bf16]),
     };
@@ -172,17 +170,23 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
         block: shape.block,
         dim: shape.dim,
         value_dim: shape.value_dim,
-        cold: None,
+        cold: [None; 2],
     };
-    let (cold_keys, cold_values) = (records(&shape, &layer, n, false), records(&shape, &layer, n, true));
-    if has_cold {
-        let (keys, values) = (cold_keys.bytes.as_ptr(), cold_values.bytes.as_ptr());
-        layer.cold = Some(Cold { keys, values, pages: shape.cold_pages as u32, bits: shape.bits });
+    let eight_and_four = [Bits::Eight, Bits::Four];
+    let formats: &[Bits] =
+        if has_cold { n.of(&[&eight_and_four[..1], &eight_and_four[1..], &eight_and_four]) } else { &[] };
+    let colds: Vec<[Buffer; 2]> =
+        formats.iter().map(|bits| [false, true].map(|values| records(&shape, &layer, n, *bits, values))).collect();
+    for ((place, [keys, values]), bits) in layer.cold.iter_mut().zip(&colds).zip(formats) {
+        let (keys, values) = (keys.bytes.as_ptr(), values.bytes.as_ptr());
+        *place = Some(Cold { keys, values, pages: shape.cold_pages as u32, bits: *bits });
     }
+    let all_pages = shape.pages + formats.len() * shape.cold_pages;
+    assert!(!layer.has(all_pages as u32));
 
     let num_rows = 1 + n.below(4);
     let width = 1 + n.below(6);
-    let shared: Vec<u32> = (0..width).map(|_| n.below(shape.pages + shape.cold_pages) as u32).collect();
+    let shared: Vec<u32> = (0..width).map(|_| n.below(all_pages) as u32).collect();
     let alike = n.below(width + 1);
     let (mut rows, mut tables) = (Vec::new(), Vec::new());
     let deepest = 1 + n.below(5);
@@ -190,7 +194,7 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
         let total = 1 + n.below(width * shape.block);
         let count = (1 + n.below(deepest)).min(total) as u32;
         rows.push(Row { row, column: n.below(2), past: total as u32 - count, count });
-        let own = |n: &mut Numbers| n.below(shape.pages + shape.cold_pages) as u32;
+        let own = |n: &mut Numbers| n.below(all_pages) as u32;
         let table: Vec<u32> = (0..width).map(|at| if at < alike { shared[at] } else { own(n) }).collect();
         for token in 0..total {
             let page = table[token / shape.block] as usize;
@@ -244,7 +248,7 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
     for (index, row) in rows.iter().enumerate() {
         for token in 0..row.count as usize {
             for head in 0..heads {
-                let at = |cold: &Buffer, full: &Buffer, dim: usize, position: usize, d: usize| {
+                let at = |part: usize, full: &Buffer, dim: usize, position: usize, d: usize| {
                     let page = tables[index * width + position / shape.block] as usize;
                     let place = |page: usize| {
                         ((page * shape.kv_heads + head / shape.group) * shape.block + position % shape.block) * dim + d
@@ -252,7 +256,8 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
                     f64::from(if page < shape.pages {
                         full.values[place(page)]
                     } else {
-                        cold.values[place(page - shape.pages)]
+                        let record = page - shape.pages;
+                        colds[record / shape.cold_pages][part].values[place(record % shape.cold_pages)]
                     })
                 };
                 let end = row.past as usize + token + 1;
@@ -260,7 +265,7 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
                 let q = &query.values[row.row * strides[0] + head * strides[1] + (row.column + token) * strides[2]..];
                 let scores: Vec<f64> = (start..end)
                     .map(|position| {
-                        let dot = |d: usize| f64::from(q[d]) * at(&cold_keys, &keys, shape.dim, position, d);
+                        let dot = |d: usize| f64::from(q[d]) * at(0, &keys, shape.dim, position, d);
                         let score = (0..shape.dim).map(dot).sum::<f64>() * f64::from(scoring.scale);
                         scoring.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
                     })
@@ -272,7 +277,7 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
                 let expected: Vec<f64> = (0..shape.value_dim)
                     .map(|d| {
                         let part = |(score, position): (&f64, usize)| {
-                            (score - largest).exp() * at(&cold_values, &values, shape.value_dim, position, d)
+                            (score - largest).exp() * at(1, &values, shape.value_dim, position, d)
                         };
                         scores.iter().zip(start..end).map(part).sum::<f64>() / total
                     })
@@ -293,17 +298,18 @@ fn case(seed: u64) -> (Float, Option<Bits>, f64) {
         let bytes = index * shape.asked.size()..(index + 1) * shape.asked.size();
         assert!(*touched || found[bytes.clone()] == untouched[bytes], "seed {seed}: wrote beside its rows");
     }
-    (shape.asked, has_cold.then_some(shape.bits), worst)
+    (shape.asked, formats.to_vec(), worst)
 }
 
 #[test]
 fn it_is_what_float64_says_for_any_shape() {
     let cases = std::env::var("KVHYBRID_ATTEND_CASES").map_or(CASES, |n| n.parse().expect("a number"));
     let mut worst = [0.0_f64; 3];
-    let mut cold = 0;
+    let (mut cold, mut both) = (0, 0);
     for seed in 0..cases {
         let (asked, bits, error) = case(seed);
-        cold += usize::from(bits.is_some());
+        cold += usize::from(!bits.is_empty());
+        both += usize::from(bits.len() == 2);
         let (index, bound) = match asked {
             Float::F32 => (0, 1e-4), // large scores carry the rounding of their sums into the weights
             Float::F16 => (1, 1e-3),
@@ -313,7 +319,7 @@ fn it_is_what_float64_says_for_any_shape() {
         worst[index] = worst[index].max(error);
     }
     println!(
-        "{cases} cases, {cold} with quantized pages; largest error f32 {:.1e}, f16 {:.1e}, bf16 {:.1e}",
+        "{cases} cases, {cold} with quantized pages, {both} of both formats; largest error f32 {:.1e}, f16 {:.1e}, bf16 {:.1e}",
         worst[0], worst[1], worst[2]
     );
 }

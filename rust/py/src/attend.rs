@@ -76,8 +76,9 @@ pub fn float(code: u8) -> PyResult<Float> {
 type Pool = (usize, usize, u32);
 /// `kv_heads`, `block_size`, `head_dim`, `value_head_dim`.
 type Shape = (usize, usize, usize, usize);
-/// A layer: full pages, their format (0, 1, 2: float32, float16, bfloat16), shape; quantized pages and their bits.
-type LayerArguments = (Pool, u8, Shape, Option<(Pool, u8)>);
+/// A layer: full pages, their format (0, 1, 2: float32, float16, bfloat16), shape; quantized pages and their bits,
+/// of two formats at most.
+type LayerArguments = (Pool, u8, Shape, Vec<(Pool, u8)>);
 
 #[pymethods]
 impl PageKernel {
@@ -96,19 +97,7 @@ impl PageKernel {
                 if kv_heads == 0 || dim == 0 || value_dim == 0 || !block.is_power_of_two() {
                     return Err(PyValueError::new_err("a layer without heads, widths or a block size"));
                 }
-                let cold = cold
-                    .map(|((keys, values, pages), bits)| {
-                        let bits = match bits {
-                            8 => Bits::Eight,
-                            4 => Bits::Four,
-                            _ => return Err(PyValueError::new_err(format!("bits must be 4 or 8, not {bits}"))),
-                        };
-                        if block % 16 != 0 {
-                            return Err(PyValueError::new_err("quantized pages hold at least 16 tokens"));
-                        }
-                        Ok(Cold { keys: keys as *const u8, values: values as *const u8, pages, bits })
-                    })
-                    .transpose()?;
+                let cold = records(cold, block)?;
                 let (keys, values) = (keys as *mut u8, values as *mut u8);
                 Ok(Layer { keys, values, pages, float: float(code)?, kv_heads, block, dim, value_dim, cold })
             })
@@ -176,6 +165,26 @@ impl PageKernel {
             Ok(())
         })
     }
+}
+
+/// A layer's quantized pages, one format behind the other.
+fn records(found: Vec<(Pool, u8)>, block: usize) -> PyResult<[Option<Cold>; 2]> {
+    if found.len() > 2 {
+        return Err(PyValueError::new_err(format!("a layer has records of two formats at most, not {}", found.len())));
+    }
+    if !found.is_empty() && !block.is_multiple_of(16) {
+        return Err(PyValueError::new_err("quantized pages hold at least 16 tokens"));
+    }
+    let mut cold = [None; 2];
+    for (place, ((keys, values, pages), bits)) in cold.iter_mut().zip(found) {
+        let bits = match bits {
+            8 => Bits::Eight,
+            4 => Bits::Four,
+            _ => return Err(PyValueError::new_err(format!("bits must be 4 or 8, not {bits}"))),
+        };
+        *place = Some(Cold { keys: keys as *const u8, values: values as *const u8, pages, bits });
+    }
+    Ok(cold)
 }
 
 /// An address, and strides in numbers from row to row, head to head and token to token.

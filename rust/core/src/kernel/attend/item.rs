@@ -215,13 +215,26 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
 }
 
 /// Where a head's part of the next block's page lies, or null where that is a page of another kind: `width`
-/// numbers a token of a full one, else a record of `bytes` behind `cold`.
+/// numbers a token of a full one, else a record, of which `records` says where they lie and how long one is.
 #[inline(always)]
-fn next_part(layer: &Layer, full: *mut u8, width: usize, cold: *const u8, bytes: usize, at: Place) -> *const u8 {
-    let part = |page: u32| page as usize * layer.kv_heads + at.head;
-    match (at.page < layer.pages, at.next < layer.pages) {
-        (true, true) => full.cast_const().wrapping_add(part(at.next) * layer.block * width * layer.float.size()),
-        (false, false) if at.next != u32::MAX => cold.wrapping_add(part(at.next - layer.pages) * bytes),
+fn next_part(
+    layer: &Layer,
+    full: *mut u8,
+    width: usize,
+    records: impl Fn(&Cold) -> (*const u8, usize),
+    at: Place,
+) -> *const u8 {
+    let part = |page: usize| page * layer.kv_heads + at.head;
+    if at.page < layer.pages {
+        let bytes = layer.block * width * layer.float.size();
+        let is_full = at.next < layer.pages;
+        return if is_full { full.wrapping_add(part(at.next as usize) * bytes) } else { std::ptr::null_mut() };
+    }
+    match (layer.record(at.page), layer.record(at.next)) {
+        (Some((own, _)), Some((next, index))) if own.bits == next.bits => {
+            let (first, bytes) = records(&next);
+            first.wrapping_add(part(index) * bytes)
+        }
         _ => std::ptr::null(),
     }
 }
@@ -239,8 +252,7 @@ unsafe fn score<A: Words>(
 ) {
     let (page, head) = (at.page as usize, at.head);
     let scores = scratch.scores[at.offset..].as_mut_ptr();
-    let (cold, bytes) = layer.cold.map_or((std::ptr::null(), 0), |cold| (cold.keys, layer.key_bytes(cold.bits)));
-    let ahead = next_part(layer, layer.keys, layer.dim, cold, bytes, at);
+    let ahead = next_part(layer, layer.keys, layer.dim, |cold| (cold.keys, layer.key_bytes(cold.bits)), at);
     let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
@@ -256,8 +268,8 @@ unsafe fn score<A: Words>(
                 }
                 Float::Bf16 => plain::<A, AsBf16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
             }
-        } else if let Some(Cold { keys, bits, .. }) = layer.cold {
-            let record = keys.add(((page - layer.pages as usize) * layer.kv_heads + head) * layer.key_bytes(bits));
+        } else if let Some((Cold { keys, bits, .. }, index)) = layer.record(at.page) {
+            let record = keys.add((index * layer.kv_heads + head) * layer.key_bytes(bits));
             let fields = record.add(layer.key_codes(bits));
             let (scale, minimum) = scratch.scales.split_at_mut(layer.dim);
             halves(fields, &mut scale[..layer.dim]);
@@ -317,8 +329,7 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
     let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
     let weights = scratch.scores[at.offset..].as_ptr();
     let width = scratch.width;
-    let (cold, bytes) = layer.cold.map_or((std::ptr::null(), 0), |cold| (cold.values, layer.value_bytes(cold.bits)));
-    let ahead = next_part(layer, layer.values, dim, cold, bytes, at);
+    let ahead = next_part(layer, layer.values, dim, |cold| (cold.values, layer.value_bytes(cold.bits)), at);
     let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
@@ -332,8 +343,8 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
             }
             return;
         }
-        let Some(Cold { values, bits, .. }) = layer.cold else { return };
-        let record = values.add(((page - layer.pages as usize) * layer.kv_heads + head) * layer.value_bytes(bits));
+        let Some((Cold { values, bits, .. }, index)) = layer.record(at.page) else { return };
+        let record = values.add((index * layer.kv_heads + head) * layer.value_bytes(bits));
         let fields = record.add(layer.value_codes(bits));
         let (scale, minimum) = scratch.scales.split_at_mut(layer.block);
         halves(fields, &mut scale[..layer.block]);

@@ -11,7 +11,7 @@ pub enum Bits {
     Four,
 }
 
-/// Quantized pages: `[pages][kv_heads][record]`.
+/// Quantized pages of one format: `[pages][kv_heads][record]`.
 #[derive(Clone, Copy, Debug)]
 pub struct Cold {
     /// Records of keys.
@@ -24,7 +24,8 @@ pub struct Cold {
     pub bits: Bits,
 }
 
-/// One layer's pages: full ones, `[pages][kv_heads][block][dim]`, have the first ids, quantized ones the next.
+/// One layer's pages: full ones, `[pages][kv_heads][block][dim]`, have the first ids, quantized ones the next, one
+/// format behind the other.
 #[derive(Clone, Copy, Debug)]
 pub struct Layer {
     /// Keys of full pages.
@@ -43,8 +44,8 @@ pub struct Layer {
     pub dim: usize,
     /// Width of a value.
     pub value_dim: usize,
-    /// Quantized pages.
-    pub cold: Option<Cold>,
+    /// Quantized pages, of two formats at most.
+    pub cold: [Option<Cold>; 2],
 }
 
 // SAFETY: addresses; whoever reads or writes through them says why that is sound.
@@ -79,7 +80,20 @@ impl Layer {
 
     /// True when a page of that id is here.
     pub fn has(&self, page: u32) -> bool {
-        page < self.pages + self.cold.map_or(0, |cold| cold.pages)
+        page < self.pages || self.record(page).is_some()
+    }
+
+    /// The quantized pages that a page is one of, and which of them it is.
+    #[inline(always)]
+    pub(super) fn record(&self, page: u32) -> Option<(Cold, usize)> {
+        let mut index = page.checked_sub(self.pages)?;
+        for cold in self.cold.iter().flatten() {
+            if index < cold.pages {
+                return Some((*cold, index as usize));
+            }
+            index -= cold.pages;
+        }
+        None
     }
 }
 
