@@ -7,16 +7,14 @@ cache is as large as the weights.
 
 from __future__ import annotations
 
-import gc
-import statistics
 import time
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from kvhybrid.report import interleaved
+
+__all__ = ["DTYPES", "VOCAB", "dtypes_here", "interleaved", "make_model", "native_bfloat16", "random_ids"]
 
 VOCAB = 8192
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -72,15 +70,3 @@ def dtypes_here() -> list[str]:
 
     print("bfloat16 skipped: this CPU emulates its matmuls", file=sys.stderr)
     return ["f32"]
-
-
-def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Run the calls in turns and return each one's median time in seconds: noise falls on all alike."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in taken.items()}

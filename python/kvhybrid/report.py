@@ -1,12 +1,15 @@
-"""What a measurement says about itself: the machine, the versions, and one JSON object of figures."""
+"""How a measurement is taken and what it says of itself: machine, versions, one JSON object of figures."""
 
+import gc
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import statistics
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypedDict
 
@@ -54,6 +57,18 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Run the calls in turns and return each one's median time in seconds: noise falls on all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def write_report(bench: str, figures: Mapping[str, float], json_path: str | None) -> None:

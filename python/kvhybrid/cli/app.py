@@ -176,6 +176,41 @@ def quality(
         )
 
 
+@app.command()
+def bench(
+    model: Model = None,
+    device: Device = "cpu",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; float32 on a CPU when not given.")
+    ] = None,
+    prefix: Annotated[
+        int | None, typer.Option(min=1, help="Tokens that requests share.  [default: 2048]")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens before a decode step; again for several.  [default: 64, 2048]"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Short texts, few rounds: a first look.")] = False,
+    json: Annotated[
+        Path | None, typer.Option(help="Write the figures as JSON to this file; - is stdout.")
+    ] = None,
+) -> None:
+    """Compare a model with and without the cache: first tokens, decode steps, whole answers."""
+    from kvhybrid.cli.bench import run_bench
+
+    with _clear_errors():
+        equal = run_bench(
+            model,
+            device=device,
+            dtype=dtype,
+            prefix=prefix,
+            contexts=context,
+            quick=quick,
+            json_path=json,
+        )
+    raise typer.Exit(0 if equal else 1)
+
+
 class _clear_errors:  # noqa: N801  # reads as a statement
     """Print our own errors in one line; a traceback helps nobody who typed a wrong path."""
 
