@@ -3,9 +3,10 @@
 #![allow(unsafe_code)] // the kernel takes addresses
 #![allow(clippy::float_cmp, clippy::cast_precision_loss, clippy::print_stdout)] // figures are printed
 
-use kvhybrid_core::kernel::attend::{Answer, Bits, Cold, Layer, Query, Row, Rows, Scoring, attend};
+use kvhybrid_core::kernel::attend::{Answer, Layer, Query, Row, Rows, Scoring, attend};
 use kvhybrid_core::kernel::half::{Float, bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use kvhybrid_core::kernel::isa::Isa;
+use kvhybrid_core::kernel::quant::{Bits, Format, Part};
 use kvhybrid_core::kernel::team::{Alone, Parts, Team};
 
 /// Cases a run; `KVHYBRID_ATTEND_CASES` asks for more.
@@ -87,9 +88,10 @@ struct Shape {
 }
 
 /// Random records, and what they stand for: `[page][head][token][dim]`.
-fn records(shape: &Shape, layer: &Layer, numbers: &mut Numbers, bits: Bits, values: bool) -> Buffer {
+fn records(shape: &Shape, numbers: &mut Numbers, bits: Bits, values: bool) -> Buffer {
     let (block, dim) = (shape.block, if values { shape.value_dim } else { shape.dim });
-    let size = if values { layer.value_bytes(bits) } else { layer.key_bytes(bits) };
+    let part = if values { Part::Values } else { Part::Keys };
+    let size = Format { part, bits, block, width: dim }.bytes();
     let mut buffer = Buffer { bytes: vec![0; shape.cold_pages * shape.kv_heads * size], values: Vec::new() };
     for record in buffer.bytes.chunks_exact_mut(size) {
         for byte in record.iter_mut() {
@@ -176,10 +178,11 @@ fn case(seed: u64) -> (Float, Vec<Bits>, f64) {
     let formats: &[Bits] =
         if has_cold { n.of(&[&eight_and_four[..1], &eight_and_four[1..], &eight_and_four]) } else { &[] };
     let colds: Vec<[Buffer; 2]> =
-        formats.iter().map(|bits| [false, true].map(|values| records(&shape, &layer, n, *bits, values))).collect();
+        formats.iter().map(|bits| [false, true].map(|values| records(&shape, n, *bits, values))).collect();
+    let plain = layer;
     for ((place, [keys, values]), bits) in layer.cold.iter_mut().zip(&colds).zip(formats) {
         let (keys, values) = (keys.bytes.as_ptr(), values.bytes.as_ptr());
-        *place = Some(Cold { keys, values, pages: shape.cold_pages as u32, bits: *bits });
+        *place = Some(plain.quantized(keys, values, shape.cold_pages as u32, *bits));
     }
     let all_pages = shape.pages + formats.len() * shape.cold_pages;
     assert!(!layer.has(all_pages as u32));

@@ -1,12 +1,13 @@
 //! `StepRows` and `PageKernel`: attention over pages that lie in tensors, by address.
 
-use kvhybrid_core::kernel::attend::{Answer, Bits, Cold, Layer, New, Query, Row, Rows, Scoring, append, attend};
+use kvhybrid_core::kernel::attend::{Answer, Cold, Layer, New, Query, Row, Rows, Scoring, append, attend};
 use kvhybrid_core::kernel::half::Float;
 use kvhybrid_core::kernel::isa::Isa;
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 
 use crate::buffers::with_int32;
+use crate::codec::code_bits;
 use crate::team::with_team;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
@@ -97,9 +98,10 @@ impl PageKernel {
                 if kv_heads == 0 || dim == 0 || value_dim == 0 || !block.is_power_of_two() {
                     return Err(PyValueError::new_err("a layer without heads, widths or a block size"));
                 }
-                let cold = records(cold, block)?;
                 let (keys, values) = (keys as *mut u8, values as *mut u8);
-                Ok(Layer { keys, values, pages, float: float(code)?, kv_heads, block, dim, value_dim, cold })
+                let float = float(code)?;
+                let full = Layer { keys, values, pages, float, kv_heads, block, dim, value_dim, cold: [None; 2] };
+                Ok(Layer { cold: records(&full, cold)?, ..full })
             })
             .collect::<PyResult<Vec<_>>>()?;
         Ok(Self { layers, isa })
@@ -167,22 +169,17 @@ impl PageKernel {
     }
 }
 
-/// A layer's quantized pages, one format behind the other.
-fn records(found: Vec<(Pool, u8)>, block: usize) -> PyResult<[Option<Cold>; 2]> {
+/// The layer's quantized pages, one format behind the other.
+fn records(layer: &Layer, found: Vec<(Pool, u8)>) -> PyResult<[Option<Cold>; 2]> {
     if found.len() > 2 {
         return Err(PyValueError::new_err(format!("a layer has records of two formats at most, not {}", found.len())));
     }
-    if !found.is_empty() && !block.is_multiple_of(16) {
+    if !found.is_empty() && !layer.block.is_multiple_of(16) {
         return Err(PyValueError::new_err("quantized pages hold at least 16 tokens"));
     }
     let mut cold = [None; 2];
     for (place, ((keys, values, pages), bits)) in cold.iter_mut().zip(found) {
-        let bits = match bits {
-            8 => Bits::Eight,
-            4 => Bits::Four,
-            _ => return Err(PyValueError::new_err(format!("bits must be 4 or 8, not {bits}"))),
-        };
-        *place = Some(Cold { keys: keys as *const u8, values: values as *const u8, pages, bits });
+        *place = Some(layer.quantized(keys as *const u8, values as *const u8, pages, code_bits(bits)?));
     }
     Ok(cold)
 }

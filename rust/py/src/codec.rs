@@ -1,8 +1,7 @@
 //! `PageCodec`: whole pages that lie in tensors, by address, to records of 8 or 4 bits and back.
 
-use kvhybrid_core::kernel::attend::Bits;
 use kvhybrid_core::kernel::isa::Isa;
-use kvhybrid_core::kernel::quant::{Format, Pages, Part, Work, dequantize, quantize};
+use kvhybrid_core::kernel::quant::{Bits, Format, Pages, Part, Work, dequantize, quantize};
 use pyo3::exceptions::{PyIndexError, PyValueError};
 use pyo3::prelude::*;
 
@@ -35,6 +34,11 @@ struct Checked {
 // SAFETY: addresses; the caller keeps what lies there alive and its own.
 unsafe impl Send for Checked {}
 
+/// Codes of that many bits.
+pub fn code_bits(number: u8) -> PyResult<Bits> {
+    Bits::of(number).ok_or_else(|| PyValueError::new_err(format!("bits must be 4 or 8, not {number}")))
+}
+
 #[pymethods]
 impl PageCodec {
     #[new]
@@ -44,12 +48,7 @@ impl PageCodec {
             "values" => Part::Values,
             _ => return Err(PyValueError::new_err(format!("a page has keys and values, not {part}"))),
         };
-        let bits = match bits {
-            8 => Bits::Eight,
-            4 => Bits::Four,
-            _ => return Err(PyValueError::new_err(format!("bits must be 4 or 8, not {bits}"))),
-        };
-        Ok(Self { part, bits })
+        Ok(Self { part, bits: code_bits(bits)? })
     }
 
     fn record_bytes(&self, block_size: usize, width: usize) -> PyResult<usize> {

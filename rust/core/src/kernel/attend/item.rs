@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::layer::{Bits, Cold, Layer, Query, Scoring};
+use super::layer::{Cold, Layer, Query, Records, Scoring};
 use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
 use super::many;
 use super::mix::{self, Mix};
@@ -12,6 +12,7 @@ use super::soften::soften;
 use crate::kernel::half::{Float, f16_to_f32, f32_to_bf16};
 use crate::kernel::isa::Body;
 use crate::kernel::lanes::Words;
+use crate::kernel::quant::Bits;
 
 /// Tokens whose weights are taken at once.
 const CHUNK: usize = 128;
@@ -215,15 +216,9 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
 }
 
 /// Where a head's part of the next block's page lies, or null where that is a page of another kind: `width`
-/// numbers a token of a full one, else a record, of which `records` says where they lie and how long one is.
+/// numbers a token of a full one, else a record of those that `records` names.
 #[inline(always)]
-fn next_part(
-    layer: &Layer,
-    full: *mut u8,
-    width: usize,
-    records: impl Fn(&Cold) -> (*const u8, usize),
-    at: Place,
-) -> *const u8 {
+fn next_part(layer: &Layer, full: *mut u8, width: usize, records: impl Fn(&Cold) -> Records, at: Place) -> *const u8 {
     let part = |page: usize| page * layer.kv_heads + at.head;
     if at.page < layer.pages {
         let bytes = layer.block * width * layer.float.size();
@@ -231,9 +226,8 @@ fn next_part(
         return if is_full { full.wrapping_add(part(at.next as usize) * bytes) } else { std::ptr::null_mut() };
     }
     match (layer.record(at.page), layer.record(at.next)) {
-        (Some((own, _)), Some((next, index))) if own.bits == next.bits => {
-            let (first, bytes) = records(&next);
-            first.wrapping_add(part(index) * bytes)
+        (Some((own, _)), Some((next, index))) if own.keys.format.bits == next.keys.format.bits => {
+            records(&next).at(part(index))
         }
         _ => std::ptr::null(),
     }
@@ -252,7 +246,7 @@ unsafe fn score<A: Words>(
 ) {
     let (page, head) = (at.page as usize, at.head);
     let scores = scratch.scores[at.offset..].as_mut_ptr();
-    let ahead = next_part(layer, layer.keys, layer.dim, |cold| (cold.keys, layer.key_bytes(cold.bits)), at);
+    let ahead = next_part(layer, layer.keys, layer.dim, |cold| cold.keys, at);
     let tile = Tile { queries: scratch.queries.as_ptr(), width, rows: count, scores, stride: at.stride, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
@@ -268,9 +262,9 @@ unsafe fn score<A: Words>(
                 }
                 Float::Bf16 => plain::<A, AsBf16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
             }
-        } else if let Some((Cold { keys, bits, .. }, index)) = layer.record(at.page) {
-            let record = keys.add((index * layer.kv_heads + head) * layer.key_bytes(bits));
-            let fields = record.add(layer.key_codes(bits));
+        } else if let Some((Cold { keys, .. }, index)) = layer.record(at.page) {
+            let record = keys.at(index * layer.kv_heads + head);
+            let fields = record.add(keys.format.codes());
             let (scale, minimum) = scratch.scales.split_at_mut(layer.dim);
             halves(fields, &mut scale[..layer.dim]);
             halves(fields.add(2 * layer.dim), &mut minimum[..layer.dim]);
@@ -287,7 +281,8 @@ unsafe fn score<A: Words>(
                 scratch.bias[r] = bias.iter().sum();
             }
             let tile = Tile { queries: scratch.folded.as_ptr(), ..tile };
-            scores::quantized::<A>(tile, record, layer.block, layer.dim, scratch.bias.as_ptr(), bits == Bits::Four);
+            let four = keys.format.bits == Bits::Four;
+            scores::quantized::<A>(tile, record, layer.block, layer.dim, scratch.bias.as_ptr(), four);
         }
     }
     #[allow(clippy::float_cmp)] // one is no approximation: there is nothing to do
@@ -329,7 +324,7 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
     let (page, head, dim) = (at.page as usize, at.head, layer.value_dim);
     let weights = scratch.scores[at.offset..].as_ptr();
     let width = scratch.width;
-    let ahead = next_part(layer, layer.values, dim, |cold| (cold.values, layer.value_bytes(cold.bits)), at);
+    let ahead = next_part(layer, layer.values, dim, |cold| cold.values, at);
     let mix = Mix { weights, stride: at.stride, rows: count, sums: scratch.sums.as_mut_ptr(), width, ahead };
     // SAFETY: the caller's; offsets as `Layer` says.
     unsafe {
@@ -343,9 +338,9 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
             }
             return;
         }
-        let Some((Cold { values, bits, .. }, index)) = layer.record(at.page) else { return };
-        let record = values.add((index * layer.kv_heads + head) * layer.value_bytes(bits));
-        let fields = record.add(layer.value_codes(bits));
+        let Some((Cold { values: records, .. }, index)) = layer.record(at.page) else { return };
+        let record = records.at(index * layer.kv_heads + head);
+        let fields = record.add(records.format.codes());
         let (scale, minimum) = scratch.scales.split_at_mut(layer.block);
         halves(fields, &mut scale[..layer.block]);
         halves(fields.add(2 * layer.block), &mut minimum[..layer.block]);
@@ -364,7 +359,7 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
         let page = &mut scratch.page[..count * width];
         page.fill(0.0);
         let mix = Mix { weights: scratch.weights.as_ptr(), stride: layer.block, sums: page.as_mut_ptr(), ..mix };
-        match bits {
+        match records.format.bits {
             Bits::Eight => mix::full::<A, AsU8>(mix, record, at.tokens, dim),
             Bits::Four => mix::fours::<A>(mix, record, at.tokens, dim),
         }

@@ -1,27 +1,34 @@
 //! Where one layer's pages lie, and what a query and its answer look like.
 
 use crate::kernel::half::Float;
+use crate::kernel::quant::{Bits, Format, Part};
 
-/// Bits of a code in a quantized page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Bits {
-    /// A byte a code.
-    Eight,
-    /// Two codes a byte.
-    Four,
+/// Keys or values of quantized pages, `[pages][kv_heads][record]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Records {
+    /// The first byte.
+    pub data: *const u8,
+    /// What a record's bytes mean.
+    pub format: Format,
 }
 
-/// Quantized pages of one format: `[pages][kv_heads][record]`.
+/// Quantized pages of one format.
 #[derive(Clone, Copy, Debug)]
 pub struct Cold {
-    /// Records of keys.
-    pub keys: *const u8,
-    /// Records of values.
-    pub values: *const u8,
+    /// Their keys.
+    pub keys: Records,
+    /// Their values.
+    pub values: Records,
     /// How many pages.
     pub pages: u32,
-    /// Bits of a code.
-    pub bits: Bits,
+}
+
+impl Records {
+    /// Where the record of that number lies.
+    #[inline(always)]
+    pub(super) fn at(&self, record: usize) -> *const u8 {
+        self.data.wrapping_add(record * self.format.bytes())
+    }
 }
 
 /// One layer's pages: full ones, `[pages][kv_heads][block][dim]`, have the first ids, quantized ones the next, one
@@ -53,29 +60,12 @@ unsafe impl Send for Layer {}
 // SAFETY: likewise.
 unsafe impl Sync for Layer {}
 
-fn padded(bytes: usize) -> usize {
-    bytes.next_multiple_of(16)
-}
-
 impl Layer {
-    /// Bytes of a head's codes of keys in a quantized page.
-    pub(super) fn key_codes(&self, bits: Bits) -> usize {
-        self.dim * if bits == Bits::Four { self.block / 2 } else { self.block }
-    }
-
-    /// Bytes of a head's codes of values in a quantized page.
-    pub(super) fn value_codes(&self, bits: Bits) -> usize {
-        self.block * if bits == Bits::Four { self.value_dim.div_ceil(2) } else { self.value_dim }
-    }
-
-    /// Bytes of a head's keys in a quantized page: codes, then a scale and a minimum a channel.
-    pub fn key_bytes(&self, bits: Bits) -> usize {
-        padded(self.key_codes(bits) + 4 * self.dim)
-    }
-
-    /// Bytes of a head's values: codes, then a scale and a minimum a token, then an exponent a channel.
-    pub fn value_bytes(&self, bits: Bits) -> usize {
-        padded(self.value_codes(bits) + 4 * self.block + self.value_dim)
+    /// Quantized pages of this layer's shape.
+    pub fn quantized(&self, keys: *const u8, values: *const u8, pages: u32, bits: Bits) -> Cold {
+        let records = |data, part, width| Records { data, format: Format { part, bits, block: self.block, width } };
+        let (keys, values) = (records(keys, Part::Keys, self.dim), records(values, Part::Values, self.value_dim));
+        Cold { keys, values, pages }
     }
 
     /// True when a page of that id is here.

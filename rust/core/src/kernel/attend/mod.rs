@@ -22,7 +22,7 @@ use std::cell::RefCell;
 pub use append::{New, append};
 use exp::exp;
 use item::{Item, Scratch};
-pub use layer::{Answer, Bits, Cold, Layer, Query, Scoring};
+pub use layer::{Answer, Cold, Layer, Query, Records, Scoring};
 pub use rows::{Row, Rows};
 
 use crate::kernel::half::{Float, f32_to_bf16, f32_to_f16};

@@ -1,9 +1,27 @@
 //! The record of a quantized page: one head's keys or values, and where its parts lie.
 
-use crate::kernel::attend::Bits;
-
 /// Fewer tokens would have more scales than codes.
 pub const LEAST_BLOCK: usize = 16;
+
+/// Bits of a code in a quantized page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bits {
+    /// A byte a code.
+    Eight,
+    /// Two codes a byte.
+    Four,
+}
+
+impl Bits {
+    /// Codes of that many bits, if there are such.
+    pub fn of(number: u8) -> Option<Self> {
+        match number {
+            8 => Some(Self::Eight),
+            4 => Some(Self::Four),
+            _ => None,
+        }
+    }
+}
 
 /// What is quantized.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,7 +69,7 @@ impl Format {
     }
 
     /// Bytes of all codes.
-    pub(super) fn codes(&self) -> usize {
+    pub(in crate::kernel) fn codes(&self) -> usize {
         self.groups() * self.row()
     }
 

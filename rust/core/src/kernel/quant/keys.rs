@@ -3,10 +3,9 @@
 //! Codes are made with the channels side by side in a vector. Those of four tokens are put into words, and
 //! the words are transposed, which is a quarter of the work of transposing bytes.
 
-use super::format::Format;
+use super::format::{Bits, Format};
 use super::number::{Number, Rows};
 use super::scales::{Scales, codes};
-use crate::kernel::attend::Bits;
 use crate::kernel::lanes::Words;
 use crate::kernel::transpose::{to_columns, to_rows};
 

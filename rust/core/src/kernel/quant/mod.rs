@@ -19,7 +19,7 @@ mod tests;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use format::{Format, LEAST_BLOCK, Part};
+pub use format::{Bits, Format, LEAST_BLOCK, Part};
 use number::{Brain, Half, Number, Rows};
 
 use super::half::Float;

@@ -3,7 +3,6 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::kernel::attend::Bits;
 use crate::kernel::half::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16};
 use crate::kernel::team::Alone;
 use crate::kernel::threads::Threads;

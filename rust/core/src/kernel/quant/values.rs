@@ -3,12 +3,11 @@
 //! A token of 4 bits has two halves, whose codes share bytes. Where the halves are not whole vectors, tokens are
 //! copied to where they are, with repetitions of their first number behind each half.
 
-use super::format::Format;
+use super::format::{Bits, Format};
 use super::keys::is_finite;
 use super::number::{Number, Rows};
 use super::outliers::{find, power_of_two};
 use super::scales::{Scales, codes};
-use crate::kernel::attend::Bits;
 use crate::kernel::lanes::Words;
 
 /// The longest vector.
