@@ -105,34 +105,25 @@ impl Body for Item<'_> {
         let highest = scratch.limits[..segment.num_queries()].iter().map(|it| it.1).max().unwrap_or(0) as usize;
         let mut first = blocks.start.max(lowest / layer.block);
         let end = blocks.end.min(highest.div_ceil(layer.block));
-        let next = |block: usize| if block + 1 < end { table[block + 1] } else { u32::MAX };
+        let place = |block: usize, first: usize| Place {
+            page: table[block],
+            head,
+            offset: (block - first) * layer.block,
+            stride,
+            tokens: (highest - block * layer.block).min(layer.block),
+            next: if block + 1 < end { table[block + 1] } else { u32::MAX },
+        };
         while first < end {
             let last = (first + per_chunk).min(end);
             for block in first..last {
-                let tokens = (highest - block * layer.block).min(layer.block);
-                let at = Place {
-                    page: table[block],
-                    head,
-                    offset: (block - first) * layer.block,
-                    stride,
-                    tokens,
-                    next: next(block),
-                };
+                let at = place(block, first);
                 // SAFETY: the page is there (checked with the rows), and all rooms were made above.
                 unsafe { score::<A>(layer, scratch, at, count, width, dots, after) };
             }
             let tokens = (highest - first * layer.block).min((last - first) * layer.block);
             soften::<A>(scratch, scoring, segment.num_queries(), group, first * layer.block, tokens, stride);
             for block in first..last {
-                let tokens = (highest - block * layer.block).min(layer.block);
-                let at = Place {
-                    page: table[block],
-                    head,
-                    offset: (block - first) * layer.block,
-                    stride,
-                    tokens,
-                    next: next(block),
-                };
+                let at = place(block, first);
                 // SAFETY: likewise.
                 unsafe { take::<A>(layer, scratch, at, count) };
             }
@@ -271,14 +262,7 @@ unsafe fn score<A: Words>(
             for r in 0..count {
                 let query = &scratch.queries[r * width..][..layer.dim];
                 let folded = &mut scratch.folded[r * width..][..layer.dim];
-                let mut bias = [0.0; 16];
-                for (index, ((to, q), (s, m))) in
-                    folded.iter_mut().zip(query).zip(scale.iter().zip(minimum.iter())).enumerate()
-                {
-                    *to = q * s;
-                    bias[index % 16] += q * m;
-                }
-                scratch.bias[r] = bias.iter().sum();
+                scratch.bias[r] = fold(query, scale, minimum, folded);
             }
             let tile = Tile { queries: scratch.folded.as_ptr(), ..tile };
             let four = keys.format.bits == Bits::Four;
@@ -318,6 +302,17 @@ unsafe fn halves(from: *const u8, to: &mut [f32]) {
     }
 }
 
+/// Multiply numbers by what codes are multiplied by; what they make of the codes' minima is returned.
+#[inline(always)]
+fn fold(from: &[f32], scale: &[f32], minimum: &[f32], to: &mut [f32]) -> f32 {
+    let mut bias = [0.0; 16];
+    for (index, ((to, from), (scale, minimum))) in to.iter_mut().zip(from).zip(scale.iter().zip(minimum)).enumerate() {
+        *to = from * scale;
+        bias[index % 16] += from * minimum;
+    }
+    bias.iter().sum()
+}
+
 /// Add one page's values, weighted.
 #[inline(always)]
 unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count: usize) {
@@ -347,14 +342,7 @@ unsafe fn take<A: Words>(layer: &Layer, scratch: &mut Scratch, at: Place, count:
         for r in 0..count {
             let from = &scratch.scores[r * at.stride + at.offset..][..at.tokens];
             let to = &mut scratch.weights[r * layer.block..][..at.tokens];
-            let mut bias = [0.0; 16];
-            for (index, ((to, weight), (s, m))) in
-                to.iter_mut().zip(from).zip(scale.iter().zip(minimum.iter())).enumerate()
-            {
-                *to = weight * s;
-                bias[index % 16] += weight * m;
-            }
-            scratch.bias[r] = bias.iter().sum();
+            scratch.bias[r] = fold(from, scale, minimum, to);
         }
         let page = &mut scratch.page[..count * width];
         page.fill(0.0);
