@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
@@ -59,12 +61,31 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
 }
 
+# Attention that torch's own function does not compute: these run on eager code of their own.
+EAGER_CONFIGS: dict[str, PretrainedConfig] = {
+    # A cap that bends most scores of these models, and layers with a window by turns.
+    "gemma2": Gemma2Config(
+        **{**SIZES, "sliding_window": 24, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 0.5}
+    ),
+    "gpt-oss": GptOssConfig(
+        **{
+            **SIZES,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        }
+    ),
+}
+
 
 def make_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Return a model whose logits are far apart, so that equal tokens mean equal attention."""
     torch.manual_seed(seed)
-    config = copy.deepcopy(CONFIGS[family])  # a model writes its attention implementation into it
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    implementation = "eager" if family in EAGER_CONFIGS else "sdpa"
+    # A model writes its attention implementation into its configuration.
+    config = copy.deepcopy((CONFIGS | EAGER_CONFIGS)[family])
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     for name, weight in model.named_parameters():
         # Default weights are so small that attention hardly matters and every prompt repeats one token.
         if weight.dim() == 2 and "embed" not in name and "wte" not in name:

@@ -26,9 +26,11 @@ PAGED = [
     *("hunyuan_v1_dense", "nemotron", "olmoe", "persimmon", "phimoe", "qwen3_moe", "seed_oss"),
     # Layers of different shapes, and layers that share the K and V of others.
     *("gemma3n_text", "gemma4_text"),
+    # Soft caps and sinks, which torch's own attention leaves out.
+    *("gemma2", "gpt_oss", "vaultgemma"),
 ]
 MATERIALISED = [
-    *("bloom", "falcon", "mpt", "gpt_oss", "gemma2", "deepseek_v2", "deepseek_v3", "llama4_text"),
+    *("bloom", "falcon", "mpt", "deepseek_v2", "deepseek_v3", "llama4_text"),
     *("gptj", "gpt_neo", "codegen", "xglm", "doge"),
 ]
 # In transformers 4 their attention computes with K, or is called past the interface that we replace,

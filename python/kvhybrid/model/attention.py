@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
+from kvhybrid.errors import LayoutError
 from kvhybrid.model.page_kernel import NativeAttention
+from kvhybrid.model.scored import attend_scored
 from kvhybrid.model.triton.attention import TritonAttention
 
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage, Piece
     from kvhybrid.cache.quantized import Side
     from kvhybrid.cache.step import Span, Step
+    from kvhybrid.model.scored import Extras
 
 # Up to this many new tokens a row, reading pages in place beats gathering them.
 FEW_TOKENS = 4
@@ -56,29 +59,33 @@ class PagedAttention:
         value: torch.Tensor,
         scale: float | None = None,
         window: int | None = None,
+        extras: Extras | None = None,
     ) -> torch.Tensor:
         """Attend causally for every row of the step; its K and V are written first unless that was done.
 
         ``query`` ``[batch, heads, tokens, head_dim]``; ``key`` and ``value``: the step's own. ``window``: a
-        token sees itself and the ``window - 1`` before it. Returns ``[batch, tokens, heads,
-        value_head_dim]`` in the query's dtype, zeros where no row lies. Raises ``LayoutError`` for a query, K
-        or V that do not fit the step.
+        token sees itself and the ``window - 1`` before it. ``extras``: a soft cap or sinks. Returns ``[batch,
+        tokens, heads, value_head_dim]`` in the query's dtype, zeros where no row lies. Raises
+        ``LayoutError`` for a query, K or V that do not fit the step, or sinks that are not one a head.
         """
         step.check_query(layer, query)
+        if extras is not None and extras.sinks is not None and extras.sinks.numel() != query.shape[1]:
+            raise LayoutError(f"{extras.sinks.numel()} sinks for {query.shape[1]} query heads")
         batch, _, tokens, _ = query.shape
-        scale = scale if scale is not None else query.shape[-1] ** -0.5
+        scale = _scale(query, scale)
         if self.native is not None and self.native.takes(step, query):
-            return self.native.attend(step, layer, query, key, value, scale, window)
+            return self.native.attend(step, layer, query, key, value, scale, window, extras)
         if not step.has(layer):
             step.write(layer, key, value)
         if batch == 1 and len(step.spans) == 1 and step.num_tokens == tokens:
-            rows = self._attend_row(step.spans[0], layer, query[0], key[0], value[0], scale, window)
-            return rows.transpose(0, 1)[None]
+            own = query[0], key[0], value[0]
+            return self._attend_row(step.spans[0], layer, *own, scale, window, extras).transpose(0, 1)[None]
         result = step.room_for(query, value.shape[-1])
         for span in step.spans:
             new = slice(span.column, span.column + span.count)
             q, k, v = query[span.row, :, new], key[span.row, :, new], value[span.row, :, new]
-            result[span.row, new] = self._attend_row(span, layer, q, k, v, scale, window).transpose(0, 1)
+            rows = self._attend_row(span, layer, q, k, v, scale, window, extras)
+            result[span.row, new] = rows.transpose(0, 1)
         return result
 
     def _attend_row(
@@ -90,8 +97,13 @@ class PagedAttention:
         v: torch.Tensor,
         scale: float,
         window: int | None,
+        extras: Extras | None,
     ) -> torch.Tensor:
         """Attend for one row: ``q`` ``[heads, count, head_dim]``, returned with the value width."""
+        if extras is not None:
+            start = 0 if window is None else max(span.past + 1 - window, 0)
+            keys, values = self._gathered(span, layer, start, span.total, q.dtype)
+            return attend_scored(q, keys, values, scale, window, extras)
         if window is not None and window < span.total:
             if span.count == 1:
                 return self._in_place(span, layer, q, scale, span.total - window)
@@ -209,6 +221,7 @@ def decode(
     values: torch.Tensor,
     scale: float | None,
     window: int | None,
+    extras: Extras | None = None,
 ) -> torch.Tensor:
     """Attend for one token a row over contiguous K and V ``[batch, num_kv_heads, columns, width]``.
 
@@ -216,6 +229,13 @@ def decode(
     """
     if window is not None and window < keys.shape[2]:
         keys, values = keys[:, :, -window:], values[:, :, -window:]
+    if extras is not None:
+        result = query.new_zeros((query.shape[0], 1, query.shape[1], values.shape[3]))
+        for span in step.spans:
+            held = slice(max(keys.shape[2] - span.total, 0), None)
+            own = query[span.row], keys[span.row, :, held], values[span.row, :, held]
+            result[span.row] = attend_scored(*own, _scale(query, scale), None, extras).transpose(0, 1)
+        return result
     rows = functional.scaled_dot_product_attention(
         query,
         keys,
@@ -225,6 +245,10 @@ def decode(
         enable_gqa=keys.shape[1] != query.shape[1],
     )
     return rows.transpose(1, 2)
+
+
+def _scale(query: torch.Tensor, scale: float | None) -> float:
+    return scale if scale is not None else float(query.shape[-1]) ** -0.5
 
 
 def _scores(folded: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

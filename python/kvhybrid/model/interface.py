@@ -1,11 +1,12 @@
 """Our attention function and its mask function, as ``transformers`` registers them.
 
 A marked key (``PageHandle``) carries where its past lies; everything else, a forward pass without a
-cache, training, another cache, is handed to torch's own attention as before.
+cache, training, another cache, is handed to the model's own attention as before.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -13,14 +14,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.attention import decode
 from kvhybrid.model.masks import current_trace
 from kvhybrid.model.observed import current_observed
+from kvhybrid.model.own_attention import CAP, EXTRAS, MASKS, OURS, SINKS, attend_itself
+from kvhybrid.model.scored import Extras
 from kvhybrid.model.versions import mask_function_of
 
 if TYPE_CHECKING:
@@ -29,9 +31,8 @@ if TYPE_CHECKING:
     from kvhybrid.cache.step import Step
     from kvhybrid.model.attention import PagedAttention
 
-IMPLEMENTATION = "kvhybrid"
 # What a model may hand to its attention function that changes the result and that we do not compute.
-REFUSED = ("softcap", "s_aux", "position_bias")
+REFUSED = ("position_bias", "head_mask", "layer_head_mask")
 
 # What may be asked of a marked key without attending to it.
 HARMLESS = (
@@ -86,14 +87,18 @@ def own_implementation(model: PreTrainedModel) -> str:
 
 
 def switch_on(model: PreTrainedModel) -> None:
-    """Have the model attend through us. Counted: it gets its own back when the last user switches off."""
+    """Have the model attend through us; its own implementation must be one that ours stand for.
+
+    Counted: it gets its own back when the last user switches off.
+    """
     with _switch_lock:
         known = _switched.get(model)
         if known is None:
-            AttentionInterface.register(IMPLEMENTATION, paged_attention_forward)
-            AttentionMaskInterface.register(IMPLEMENTATION, paged_mask)
             known = str(model.config._attn_implementation), 0
-            model.set_attn_implementation(IMPLEMENTATION)
+            ours = OURS[known[0]]
+            AttentionInterface.register(ours, functools.partial(paged_attention_forward, known[0]))
+            AttentionMaskInterface.register(ours, functools.partial(paged_mask, known[0]))
+            model.set_attn_implementation(ours)
         _switched[model] = known[0], known[1] + 1
 
 
@@ -150,6 +155,7 @@ class PageHandle(torch.Tensor):
 
 
 def paged_attention_forward(
+    own: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -159,10 +165,11 @@ def paged_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend over pages when the key is marked, and as ``sdpa`` does when it is not.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend over pages when the key is marked, and with the model's ``own`` implementation when it is not.
 
-    ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, head_dim]`` and None.
+    ``query`` ``[batch, heads, tokens, head_dim]``; returns ``[batch, tokens, heads, head_dim]`` and, of
+    eager code, the weights.
     """
     if (observed := current_observed()) is not None:
         observed.see(module, query, scaling)
@@ -170,28 +177,33 @@ def paged_attention_forward(
         if sliding_window is not None and is_reading_pages():  # a mirror, and no mask came
             key, value = key[:, :, -sliding_window:], value[:, :, -sliding_window:]
         if (trace := current_trace()) is not None:
-            trace.attended(module, attention_mask, sliding_window)
-        output, weights = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return output, weights
+            computed = {name for name in EXTRAS[own] if kwargs.get(name) is not None}
+            trace.attended(module, attention_mask, sliding_window, computed)
+        if sliding_window is not None:
+            kwargs["sliding_window"] = sliding_window
+        given = query, key, value, attention_mask
+        return attend_itself(own, module, *given, dropout=dropout, scaling=scaling, **kwargs)
     for name in REFUSED:
         if kwargs.get(name) is not None:
             raise UnsupportedError(
                 f"{type(module).__name__} attends with {name}, which the paged route does not compute"
             )
     attention, step, layer, plain, mirror = key.pages
+    extras = None
+    if EXTRAS[own] and not kwargs.keys().isdisjoint(EXTRAS[own]):
+        found = Extras(kwargs.get(CAP), kwargs.get(SINKS))
+        extras = found if any(each is not None for each in found) else None
     with torch.no_grad():
         if mirror is not None:
-            return decode(step, query, *mirror, scaling, sliding_window), None
-        return attention.attend(step, layer, query, plain, value, scaling, sliding_window), None
+            return decode(step, query, *mirror, scaling, sliding_window, extras), None
+        return attention.attend(step, layer, query, plain, value, scaling, sliding_window, extras), None
 
 
-def paged_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return no mask for a paged step, whose rows know their own limits, and ``sdpa``'s otherwise."""
+def paged_mask(own: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Return no mask for a paged step, whose rows know their own limits, and the ``own`` one otherwise."""
     if is_reading_pages():
         return None
-    mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
+    mask = MASKS[own](*args, **kwargs)
     if (trace := current_trace()) is not None:
         trace.made(mask, mask_function_of(kwargs))
     return mask

@@ -18,7 +18,7 @@ from kvhybrid.cache.measured import input_device
 from kvhybrid.model.padding import vocab_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel
 
@@ -71,14 +71,23 @@ class MaskTrace:
         self._windows: dict[int, int | UnknownMaskError | None] = {}
         self.problems: list[str] = []
         self.num_calls = 0
+        self.extras: set[str] = set()
+        """What layers attend with that torch's own attention does not compute."""
 
     def made(self, mask: torch.Tensor | None, mask_function: Callable[..., torch.Tensor] | None) -> None:
         """Note a mask that was made by ``mask_function``."""
         if mask is not None and mask_function is not None:
             self._masks.append((mask, mask_function))
 
-    def attended(self, module: torch.nn.Module, mask: torch.Tensor | None, window: int | None) -> None:
-        """Note a call of the attention function with ``mask``, for which it was told of ``window``."""
+    def attended(
+        self,
+        module: torch.nn.Module,
+        mask: torch.Tensor | None,
+        window: int | None,
+        extras: Iterable[str] = (),
+    ) -> None:
+        """Note a call of the attention function with ``mask``, told of ``window`` and ``extras``."""
+        self.extras.update(extras)
         layer = getattr(module, "layer_idx", self.num_calls)
         self.num_calls += 1
         if (problem := self._problem(mask, window)) is not None:
@@ -122,10 +131,11 @@ def _tracing() -> Iterator[MaskTrace]:
         _thread.trace = None
 
 
-def obstacle_to_pages(model: PreTrainedModel) -> str | None:
+def obstacle_to_pages(model: PreTrainedModel, needed: str | None = None) -> str | None:
     """Return what some layer of ``model`` sees that the paged route would not give it, or None.
 
-    The model must attend through us (``switch_on``); nothing is read from pages.
+    The model must attend through us (``switch_on``); nothing is read from pages. ``needed``: the answer for
+    a model without soft caps and sinks.
     """
     device = input_device(model)
     ids = (torch.arange(2 * TOKENS) % vocab_size(model)).view(2, TOKENS)
@@ -139,4 +149,6 @@ def obstacle_to_pages(model: PreTrainedModel) -> str | None:
             return f"{type(error).__name__}: {error}"
     if trace.num_calls == 0:
         return "it does not attend through transformers' attention interface"
+    if needed is not None and not trace.extras:
+        return needed
     return trace.problems[0] if trace.problems else None

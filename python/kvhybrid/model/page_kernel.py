@@ -17,6 +17,7 @@ from kvhybrid.cache.team import team_address
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.scored import Extras
 
 # Addresses and number of full pages, format, shape; of each kind of quantized pages the same, and bits.
 Layer: TypeAlias = tuple[
@@ -85,6 +86,7 @@ class NativeAttention:
         value: torch.Tensor,
         scale: float,
         window: int | None,
+        extras: Extras | None = None,
     ) -> torch.Tensor:
         """Attend causally for every row. Writes the step's ``key`` and ``value`` first unless that was done.
 
@@ -113,6 +115,9 @@ class NativeAttention:
             (answer.data_ptr(), tokens * heads * width, width, heads * width),
             scale,
             window=window,
+            soft_cap=extras.cap if extras is not None else None,
+            # Looked up in every step: whoever trains them writes in place.
+            sinks=extras.sinks.tolist() if extras is not None and extras.sinks is not None else None,
             new=new,
             threads=torch.get_num_threads(),
             parallel=team_address(),

@@ -23,6 +23,7 @@ from kvhybrid.model.interface import own_implementation, switch_off, switch_on
 from kvhybrid.model.layer_states import state_layers
 from kvhybrid.model.masks import obstacle_to_pages
 from kvhybrid.model.original import has_compiled_parts
+from kvhybrid.model.own_attention import EAGER, OURS
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.probe_calls import plain_logits, written_by
 from kvhybrid.model.probe_states import describe_states, logits_alone, refuse_states, resumed_logits
@@ -173,11 +174,13 @@ def obstacle_to_paging(model: PreTrainedModel) -> str | None:
     if has_compiled_parts(model):
         return "parts of it are compiled, and pages cannot be traced"
     implementation = own_implementation(model)
-    if implementation != "sdpa":
-        return f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"
+    other = f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"
+    if implementation not in OURS:
+        return other
     switch_on(model)
     try:
-        return obstacle_to_pages(model)
+        # Eager code is asked for to see weights, which pages do not give, unless there is no other way.
+        return obstacle_to_pages(model, other if implementation == EAGER else None)
     finally:
         switch_off(model)
 

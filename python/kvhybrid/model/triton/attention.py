@@ -20,6 +20,7 @@ from kvhybrid.model.triton.plan import DecodePlan
 if TYPE_CHECKING:
     from kvhybrid.cache.pages import PageStorage
     from kvhybrid.cache.step import Step
+    from kvhybrid.model.scored import Extras
     from kvhybrid.model.triton.decode import Records
 
 MOST_TOKENS = 16
@@ -69,13 +70,11 @@ class TritonAttention:
         value: torch.Tensor,
         scale: float,
         window: int | None = None,
-        *,
-        cap: float | None = None,
-        sinks: torch.Tensor | None = None,
+        extras: Extras | None = None,
     ) -> torch.Tensor:
         """Attend causally for every row. Writes the step's ``key`` and ``value`` first unless that was done.
 
-        ``query`` ``[batch, heads, tokens, head_dim]``; ``cap``, ``sinks``: see ``decode``. Returns ``[batch,
+        ``query`` ``[batch, heads, tokens, head_dim]``; ``extras``: see ``decode``. Returns ``[batch,
         tokens, heads, value_head_dim]`` in the query's dtype, zeros where no row lies. Raises ``LayoutError``
         for page ids that this storage does not have.
         """
@@ -90,6 +89,9 @@ class TritonAttention:
             from kvhybrid.model.triton.decode import LayerPages, decode
 
             pages = LayerPages(keys, values, self._records(layer))
+            cap, sinks = extras if extras is not None else (None, None)
+            if sinks is not None:
+                sinks = sinks.to(query.device).contiguous()
             decode(plan, pages, query, out, scale, window=window, cap=cap, sinks=sinks)
         return out
 
