@@ -38,7 +38,9 @@ pub struct Plan {
     pub(crate) victims: Vec<Victim>,
     /// The victims' pages, of both classes, in the order in which they were condemned.
     pub(crate) victim_pages: Vec<PageId>,
-    /// What was known of the blocks in them: a page may hold another block before the plan is filled.
+    /// Keys of the blocks in them, and what the policy knew of each: a page may hold another block before the plan
+    /// is filled.
+    pub(crate) keys: Vec<u64>,
     pub(crate) memories: Vec<Memory>,
     pub(crate) cause: Option<Cause>,
     /// In the order in which they were chosen; the first `num_targets_taken` targets were free, the others are
@@ -100,6 +102,7 @@ impl Plan {
         self.reserved.clear();
         self.victims.clear();
         self.victim_pages.clear();
+        self.keys.clear();
         self.memories.clear();
         self.cause = None;
         self.demotions.clear();

@@ -1,7 +1,17 @@
 //! Exact recency: a doubly linked list over node slots, every operation O(1) and without allocation
 //! once the slab has grown.
 
+use super::{Cause, Policy};
 use crate::ids::NodeId;
+
+/// Always the least recently used: nothing to keep beside the list.
+pub(crate) struct Recency;
+
+impl Policy for Recency {
+    fn cause(&self) -> Cause {
+        Cause::Recency
+    }
+}
 
 #[derive(Clone, Copy)]
 struct Link {

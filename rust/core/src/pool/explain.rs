@@ -3,7 +3,7 @@
 use super::Pool;
 use crate::error::Result;
 use crate::ids::{Namespace, PageId};
-use crate::policy::{Cause, History};
+use crate::policy::Cause;
 
 /// What is cached of a text, and what became of the rest. The three counts add up to its length.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,13 +30,14 @@ impl Pool {
             let (node, _) = self.tree.walk(root, tokens);
             let mut pages = vec![PageId(0); whole];
             self.tree.copy_pages(node, &mut pages);
-            key = self.history.mark(pages[whole - 1]).key;
+            key = self.history.key(pages[whole - 1]);
         }
-        let (mut known, mut left) = (cached, None);
+        let (mut known, mut left, mut before) = (cached, None, None);
         let mut end = whole << self.shift;
         for block in tokens[end..].chunks(1 << self.shift) {
-            key = History::follow(key, block);
-            let Some(ghost) = self.history.ghost(key) else { break };
+            key = self.history.follow(key, block);
+            let Some(ghost) = self.history.find(key, before) else { break };
+            before = Some(ghost);
             left = left.or(Some((ghost.cause, self.clock.now().saturating_sub(ghost.left))));
             end += block.len();
             known = end;

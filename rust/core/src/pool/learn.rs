@@ -5,7 +5,8 @@ use std::hash::{BuildHasher, RandomState};
 use super::Pool;
 use crate::error::Result;
 use crate::ids::{PageId, SequenceId};
-use crate::policy::{Cause, History, Lesson, Memory, Rule, Survival, Turn};
+use crate::plan::Plan;
+use crate::policy::{Cause, History, Lesson, Memory, Rule, Survival, Trail, Turn};
 
 /// How the learned order is kept.
 #[derive(Clone, Copy, Debug)]
@@ -30,7 +31,8 @@ impl Pool {
         let pages = self.num_pages();
         self.history = History::new(pages, options.seed.unwrap_or_else(random_seed));
         self.learns_at_once = options.learns_at_once;
-        self.tree.learned = Some(Box::new(Survival::new(pages, options.token_weight, options.is_unguarded)));
+        let block_tokens = options.token_weight << self.shift;
+        self.tree.policy = Box::new(Survival::new(pages, block_tokens, options.is_unguarded));
     }
 
     /// Stop following the machine's clock: it is so many microseconds until set again. What is learned is
@@ -48,20 +50,18 @@ impl Pool {
 
     /// Who rules, and by how much; none where nothing is learned.
     pub fn rule(&self) -> Option<Rule> {
-        self.tree.learned.as_ref().map(|learned| learned.rule())
+        self.tree.policy.rule()
     }
 
     /// Copy what there is to learn from, when it is time. Learn without the lock, then `apply`.
     pub fn lesson(&mut self) -> Option<Lesson> {
         let now = self.clock.now();
-        self.tree.learned.as_mut().and_then(|learned| learned.lesson(now))
+        self.tree.policy.lesson(now)
     }
 
     /// Go by what was learned from now on.
     pub fn apply(&mut self, lesson: Lesson) {
-        if let Some(learned) = &mut self.tree.learned {
-            learned.apply(lesson);
-        }
+        self.tree.policy.apply(lesson);
     }
 
     /// Blocks that left and are remembered by their ids.
@@ -69,50 +69,57 @@ impl Pool {
         self.history.num_ghosts()
     }
 
-    /// Why a page that is needed now would leave.
-    pub(super) fn ruling(&self) -> Cause {
-        match &self.tree.learned {
-            Some(learned) if learned.rule().is_learned => Cause::Survival,
-            _ => Cause::Recency,
-        }
-    }
-
-    /// What is known of the block in a page.
-    pub(super) fn memory(&self, page: PageId) -> Memory {
-        Memory {
-            mark: *self.history.mark(page),
-            standing: self.tree.learned.as_ref().map(|learned| learned.standing(page)).unwrap_or_default(),
-        }
-    }
-
-    /// A page holds the block again that it held when this was asked for.
-    pub(super) fn recall(&mut self, page: PageId, memory: Memory) {
-        *self.history.mark_mut(page) = memory.mark;
-        if let Some(learned) = &mut self.tree.learned {
-            learned.stand(page, memory.standing);
-        }
-    }
-
     /// The block in a page is in another one from now on, with all that is known of it.
     pub(super) fn move_page(&mut self, from: PageId, to: PageId) {
         self.pages.hand_over(from, to);
-        let memory = self.memory(from);
-        self.recall(to, memory);
+        self.history.name(to, self.history.key(from));
+        self.tree.policy.relocate(from, to);
     }
 
-    /// Blocks of which this was known left the tree.
-    pub(super) fn forget(&mut self, cause: Option<Cause>, memories: impl Iterator<Item = Memory>) {
-        let now = self.clock.now();
-        for memory in memories {
-            self.history.bury(memory.mark, now, cause.unwrap_or(Cause::Asked));
+    /// Write down what is known of the blocks in a plan's victims, from the `first` one on.
+    pub(super) fn note_victims(&mut self, plan: &mut Plan, first: usize) {
+        let pages = &plan.victim_pages[first..];
+        plan.keys.extend(pages.iter().map(|page| self.history.key(*page)));
+        self.tree.policy.remember(pages, &mut plan.memories);
+    }
+
+    /// The victims of a plan stand where they stood, and hold what they held.
+    pub(super) fn recall(&mut self, plan: &Plan) {
+        for (page, key) in plan.victim_pages.iter().zip(&plan.keys) {
+            self.history.name(*page, *key);
+        }
+        for (page, memory) in plan.victim_pages.iter().zip(&plan.memories) {
+            self.tree.policy.recall(*page, memory);
         }
     }
 
-    /// Pages left the tree.
-    pub(super) fn remember(&mut self, pages: &[PageId], cause: Cause) {
+    /// The victims of a plan left the tree.
+    pub(super) fn forget(&mut self, plan: &Plan, cause: Cause, now: u64) {
+        let (mut keys, mut memories) = (plan.keys.as_slice(), plan.memories.as_slice());
+        for victim in &plan.victims {
+            let (own, rest) = keys.split_at(victim.count());
+            keys = rest;
+            let mut slot = self.history.bury(own, now, cause);
+            let (own, rest) = memories.split_at(victim.count().min(memories.len()));
+            memories = rest;
+            for memory in own {
+                self.tree.policy.bury(slot, memory);
+                slot = self.history.behind(slot);
+            }
+        }
+    }
+
+    /// Pages that nobody could put back have left the tree, each on its own.
+    pub(super) fn forget_orphans(&mut self, pages: &[PageId], cause: Cause) {
         let now = self.clock.now();
+        let mut memory: Vec<Memory> = Vec::new();
         for page in pages {
-            self.history.leave(*page, now, cause);
+            memory.clear();
+            self.tree.policy.remember(&[*page], &mut memory);
+            let slot = self.history.bury(&[self.history.key(*page)], now, cause);
+            if let Some(memory) = memory.first() {
+                self.tree.policy.bury(slot, memory);
+            }
         }
     }
 
@@ -122,31 +129,38 @@ impl Pool {
         self.path.clear();
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         let above = first.checked_sub(1).map(|above| sequence.table[above]);
-        let mut key = above.map_or(sequence.root_key, |page| self.history.mark(page).key);
-        for (block, page) in sequence.tail[..tokens].chunks(1 << self.shift).zip(&sequence.table[first..]) {
-            key = History::follow(key, block);
-            self.keys.push(key);
-            self.path.push(*page);
-        }
+        let mut key = above.map_or(sequence.root_key, |page| self.history.key(page));
+        let blocks = sequence.tail[..tokens].chunks(1 << self.shift);
+        self.path.extend_from_slice(&sequence.table[first..first + blocks.len()]);
+        self.keys.extend(blocks.map(|block| {
+            key = self.history.follow(key, block);
+            key
+        }));
     }
 
-    /// Note which of the named blocks brought a page into the tree, those that `stays` holds for.
-    pub(super) fn note_entered(&mut self, stays: impl Fn(usize, PageId) -> bool) {
-        let now = self.clock.now();
-        for (index, (page, key)) in self.path.iter().zip(&self.keys).enumerate() {
-            if !stays(index, *page) {
+    /// Note which of the named blocks brought their pages into the tree: those that are still in the table from
+    /// `first` on. The others were there already.
+    pub(super) fn note_entered(&mut self, id: SequenceId, first: usize) {
+        let Some(sequence) = self.sequences.find_mut(id) else { return };
+        let now = if self.tree.policy.learns() { self.clock.now() } else { 0 };
+        let mut trail = Trail::default();
+        for ((page, key), entered) in self.path.iter().zip(&self.keys).zip(&sequence.table[first..]) {
+            if entered != page {
+                self.history.close(&mut trail);
                 continue;
             }
-            self.totals.returned_pages += u64::from(self.history.enter(*page, *key));
-            if let Some(learned) = &mut self.tree.learned {
-                learned.enter(*page, now);
-            }
+            let back = self.history.enter(*page, *key, &mut trail);
+            self.totals.returned_pages += u64::from(back.is_some());
+            self.tree.policy.enter(*page, back, now);
         }
+        self.history.close(&mut trail);
     }
 
     /// A sequence closes: its path, with the tail it left behind, was used.
     pub(super) fn note_use(&mut self, id: SequenceId, tail: Option<PageId>) {
-        let Some(learned) = &mut self.tree.learned else { return };
+        if !self.tree.policy.learns() {
+            return;
+        }
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         self.path.clear();
         self.path.extend_from_slice(&sequence.table[..(sequence.sealed >> self.shift) as usize]);
@@ -157,12 +171,12 @@ impl Pool {
         let prompt = sequence.prompt.min(sequence.length);
         let turn = sequence.turn.unwrap_or(Turn { prompt, output: sequence.length - prompt });
         let now = self.clock.tick();
-        learned.touch(&mut self.history, &self.path, turn, 1 << self.shift, now);
+        self.tree.policy.touch(&self.history, &self.path, turn, now);
         if self.learns_at_once
-            && let Some(mut lesson) = learned.lesson(now)
+            && let Some(mut lesson) = self.tree.policy.lesson(now)
         {
             lesson.learn();
-            learned.apply(lesson);
+            self.tree.policy.apply(lesson);
         }
     }
 }

@@ -125,24 +125,25 @@ impl Pool {
     /// Evict up to `count` cold pages and return how many left.
     pub fn evict(&mut self, count: usize) -> usize {
         let count = count.min(self.tree.num_evictable());
-        let now = self.clock.now();
-        self.evict_by(|tree, pages, victims| tree.condemn(count, now, pages, victims))
+        self.evict_by(|tree, now, pages, victims| tree.condemn(count, now, pages, victims))
     }
 
     /// Evict every unpinned page of a namespace and return how many left.
     pub fn drop_namespace(&mut self, namespace: Namespace) -> usize {
         let Some(root) = self.tree.find_root(namespace) else { return 0 };
-        self.evict_by(|tree, pages, victims| tree.condemn_below(root, pages, victims))
+        self.evict_by(|tree, _, pages, victims| tree.condemn_below(root, pages, victims))
     }
 
-    fn evict_by(&mut self, condemn: impl FnOnce(&mut Tree, &mut Vec<PageId>, &mut Vec<Victim>)) -> usize {
+    fn evict_by(&mut self, condemn: impl FnOnce(&mut Tree, u64, &mut Vec<PageId>, &mut Vec<Victim>)) -> usize {
         let mut plan = self.spare.take().unwrap_or_default();
-        condemn(&mut self.tree, &mut plan.reserved, &mut plan.victims);
+        let now = self.clock.now();
+        condemn(&mut self.tree, now, &mut plan.victim_pages, &mut plan.victims);
+        self.note_victims(&mut plan, 0);
+        self.forget(&plan, Cause::Asked, now);
         self.tree.finish(&mut plan.victims);
-        self.tree.forget_refused(&plan.reserved);
-        self.remember(&plan.reserved, Cause::Asked);
-        self.pages.free(&plan.reserved);
-        let count = plan.reserved.len();
+        self.tree.forget_refused(&plan.victim_pages);
+        self.pages.free(&plan.victim_pages);
+        let count = plan.victim_pages.len();
         self.totals.evicted_pages += count as u64;
         self.retire(plan);
         count

@@ -103,7 +103,7 @@ impl Pool {
     /// many pages to demote into them. Returns the quantized pages gained, the next to use last.
     fn evict_for(&mut self, plan: &mut Plan, needed: usize, held: usize) -> Vec<PageId> {
         let (now, mut targets) = (self.clock.now(), Vec::new());
-        plan.cause = Some(self.ruling());
+        plan.cause = Some(self.tree.policy.cause());
         loop {
             let short = needed - plan.reserved.len();
             let room = self.pages.num_free_quantized() + targets.len();
@@ -120,11 +120,11 @@ impl Pool {
 
     /// Make condemned pages private: those of full precision are reserved, the others are returned.
     fn claim(&mut self, plan: &mut Plan, first: usize) -> Vec<PageId> {
+        self.note_victims(plan, first);
         let classes = self.pages.classes();
         let condemned = &plan.victim_pages[first..];
         let (quantized, full): (Vec<PageId>, Vec<PageId>) =
             condemned.iter().partition(|page| classes.is_quantized(**page));
-        plan.memories.extend(condemned.iter().map(|page| self.memory(*page)));
         self.pages.claim(&full);
         self.pages.set_aside(&quantized);
         plan.reserved.extend(full);

@@ -5,6 +5,7 @@ use super::{Pool, check_tokens};
 use crate::error::{Error, Result, SequenceLabel};
 use crate::ids::{PageId, SequenceId};
 use crate::plan::{Plan, Row};
+use crate::policy::Cause;
 use crate::tree::Sealing;
 
 impl Pool {
@@ -168,7 +169,8 @@ impl Pool {
             return;
         }
         self.totals.evicted_pages += plan.num_evicted as u64;
-        self.forget(plan.cause, plan.memories.drain(..));
+        let now = self.clock.now();
+        self.forget(plan, plan.cause.unwrap_or(Cause::Asked), now);
         self.tree.finish(&mut plan.victims);
         self.tree.forget_refused(&plan.victim_pages);
         let classes = self.pages.classes();
@@ -243,9 +245,7 @@ impl Pool {
             duplicates: &mut self.duplicates,
         });
         sequence.sealed = (end as u32) << self.shift;
-        let entered: &[PageId] = &sequence.table[first..end];
-        let entered = entered.to_vec();
-        self.note_entered(|index, page| entered[index] == page);
+        self.note_entered(id, first);
         self.count_sealed(sealed);
     }
 
@@ -283,10 +283,14 @@ impl Pool {
             pages: &mut sequence.table[first..],
             duplicates: &mut self.duplicates,
         });
-        // Sealed or freed: either way the page is no longer ours to release.
-        sequence.table.truncate(first);
         let stays = !self.duplicates.contains(&page);
-        self.note_entered(|_, _| stays);
+        if stays {
+            self.note_entered(id, first);
+        }
+        // Sealed or freed: either way the page is no longer ours to release.
+        if let Some(sequence) = self.sequences.find_mut(id) {
+            sequence.table.truncate(first);
+        }
         self.count_sealed(sealed);
         stays.then_some(page)
     }

@@ -68,14 +68,12 @@ impl Pool {
             for page in &plan.victim_pages {
                 self.pages.seal(*page);
             }
-            for (page, memory) in plan.victim_pages.iter().zip(plan.memories.drain(..)) {
-                self.recall(*page, memory);
-            }
+            self.recall(&plan);
             self.tree.restore(&mut plan.victims, &plan.victim_pages, &mut self.duplicates);
             self.tree.forget_refused(&self.duplicates);
             self.totals.evicted_pages += self.duplicates.len() as u64;
             let orphans = std::mem::take(&mut self.duplicates);
-            self.remember(&orphans, plan.cause.unwrap_or(Cause::Asked));
+            self.forget_orphans(&orphans, plan.cause.unwrap_or(Cause::Asked));
             self.pages.free(&orphans);
         }
         self.pages.free(&plan.reserved);

@@ -51,9 +51,9 @@ impl Tree {
         hold!(given == self.given, "{} pages counted as given of {given}", self.given);
         let counted = self.evictable_quantized;
         hold!(quantized == counted, "{counted} quantized pages counted as evictable of {quantized}");
-        if let Some(learned) = &self.learned {
+        if let Some(ranked) = self.policy.num_ranked() {
             let leaves = age.keys().filter(|node| self.at(**node).is_leaf()).count();
-            hold!(learned.num_ranked() == leaves, "{} leaves ranked of {leaves}", learned.num_ranked());
+            hold!(ranked == leaves, "{ranked} leaves ranked of {leaves}");
         }
         hold!(pins.is_empty(), "sequences stand on nodes outside the tree: {pins:?}");
         hold!(self.children.len() == linked, "{} children indexed of {linked}", self.children.len());
@@ -123,9 +123,9 @@ impl Tree {
             hold!(fits, "{node:?} has {} pages for {full} blocks", it.pages.len());
         }
         self.check_classes(node)?;
-        if let Some(learned) = &self.learned {
+        if self.policy.num_ranked().is_some() {
             let may_leave = it.pins == 0 && it.is_leaf();
-            let ranked = it.pages.last().is_some_and(|page| learned.is_ranked_as(node, *page));
+            let ranked = it.pages.last().is_some_and(|page| self.policy.is_ranked_as(node, *page));
             hold!(ranked == may_leave, "{node:?} with {} pins is ranked: {ranked}", it.pins);
         }
         hold!((it.pins == 0) == age.contains_key(&node), "{node:?} with {} pins is misplaced", it.pins);

@@ -13,9 +13,17 @@ pub(crate) enum Victim {
     Part { node: NodeId, epoch: u32, kept: usize, count: usize },
 }
 
+impl Victim {
+    /// Its pages.
+    pub(crate) fn count(&self) -> usize {
+        let (Self::Whole { count, .. } | Self::Part { count, .. }) = *self;
+        count
+    }
+}
+
 impl Tree {
-    /// Take `want` pages from the leaves that rank lowest at `now`, by the learned order while it rules,
-    /// else from the oldest, the deepest of each leaf first. The caller checked that so many are evictable.
+    /// Take `want` pages from the leaves that rank lowest at `now`, by the policy: the
+    /// deepest of each leaf first. The caller checked that so many are evictable.
     pub(crate) fn condemn(&mut self, mut want: usize, now: u64, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) {
         while want > 0 {
             let (leaf, most) = self.next_victim(now);
@@ -56,13 +64,11 @@ impl Tree {
 
     /// The leaf to take from, and how many of its pages at most: those that rank alike.
     fn next_victim(&mut self, now: u64) -> (NodeId, usize) {
-        let learned = self.learned.as_mut().and_then(|learned| learned.lowest(now));
-        let leaf = learned.unwrap_or_else(|| self.order.oldest());
-        let pages = &self.nodes[leaf.index()].pages;
-        match &self.learned {
-            Some(order) if learned.is_some() => (leaf, order.alike(pages)),
-            _ => (leaf, pages.len()),
-        }
+        let Some(leaf) = self.policy.lowest(now) else {
+            let oldest = self.order.oldest();
+            return (oldest, self.at(oldest).pages.len());
+        };
+        (leaf, self.policy.alike(&self.at(leaf).pages))
     }
 
     /// Condemn every unpinned node below `root`.
@@ -100,7 +106,7 @@ impl Tree {
     pub(crate) fn restore(&mut self, victims: &mut Vec<Victim>, pages: &[PageId], orphans: &mut Vec<PageId>) {
         let mut end = pages.len();
         for victim in victims.drain(..).rev() {
-            let (Victim::Whole { count, .. } | Victim::Part { count, .. }) = victim;
+            let count = victim.count();
             let own = &pages[end - count..end];
             end -= count;
             let is_back = match victim {

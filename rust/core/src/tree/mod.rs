@@ -37,7 +37,7 @@ pub use find::common_prefix;
 use std::collections::BTreeSet;
 
 use crate::ids::{Classes, Namespace, NodeId, PageId};
-use crate::policy::{Lru, Survival};
+use crate::policy::{Lru, Policy, Recency};
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
 pub(crate) use seal::Sealing;
@@ -97,8 +97,8 @@ pub(crate) struct Tree {
     classes: Classes,
     /// Pages that the codec refused.
     refused: BTreeSet<PageId>,
-    /// Leaves among them by what they promise, where that is learned.
-    pub(crate) learned: Option<Box<Survival>>,
+    /// Who of them leaves next.
+    pub(crate) policy: Box<dyn Policy>,
     /// log2 of the block size.
     shift: u32,
     epochs: u32,
@@ -122,7 +122,7 @@ impl Tree {
             cooling: Lru::new(),
             classes,
             refused: BTreeSet::new(),
-            learned: None,
+            policy: Box::new(Recency),
             shift: block_size.trailing_zeros(),
             epochs: 0,
             sealed: 0,
@@ -162,7 +162,7 @@ impl Tree {
             + self.roots.bytes()
             + self.order.bytes()
             + self.cooling.bytes()
-            + self.learned.as_ref().map_or(0, |learned| learned.bytes())
+            + self.policy.bytes()
     }
 
     /// The root of a namespace, made when there is none.
@@ -267,19 +267,16 @@ impl Tree {
         self.rank(parent);
     }
 
-    /// Let the learned order know where a node stands now: it ranks leaves that may leave.
+    /// Let the policy know where a node stands now: it ranks leaves that may leave.
     fn rank(&mut self, node: NodeId) {
-        let Some(learned) = &mut self.learned else { return };
         let it = &self.nodes[node.index()];
         let deepest = if it.pins == 0 && it.is_leaf() && !it.is_root() { it.pages.last() } else { None };
-        learned.rank(node, deepest.copied());
+        self.policy.rank(node, deepest.copied());
     }
 
-    /// Take a node that leaves the order out of the learned one, too.
+    /// Let the policy know that a node leaves the order.
     fn unrank(&mut self, node: NodeId) {
-        if let Some(learned) = &mut self.learned {
-            learned.rank(node, None);
-        }
+        self.policy.rank(node, None);
     }
 
     /// Forget the root of an empty namespace that nobody stands on.

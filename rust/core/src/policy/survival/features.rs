@@ -1,10 +1,10 @@
 //! What a use of a block looks like: of the text, and of the block in it.
 
+use super::Mark;
 use super::curves::BUCKETS;
 use super::record::FEATURES;
 use super::score::{Score, VALUES};
 use crate::ids::PageId;
-use crate::policy::history::{History, Mark};
 
 /// Where the block's own features stand among all; the others are the text's.
 pub(super) const OWN: [usize; 3] = [5, 6, 7];
@@ -29,11 +29,11 @@ impl Request {
     ///
     /// Turn, length, new tokens since the last turn's end, time since then, tokens generated, and tokens
     /// never seen.
-    pub(super) fn read(history: &mut History, path: &[PageId], turn: Turn, block_tokens: u32, now: u64) -> Self {
+    pub(super) fn read(marks: &mut [Mark], path: &[PageId], turn: Turn, block_tokens: u32, now: u64) -> Self {
         let full = path.len().min((turn.prompt / block_tokens) as usize);
         let (mut turns, mut last, mut known) = (0usize, None, 0);
         for (position, page) in path[..full].iter().enumerate() {
-            let mark = history.mark(*page);
+            let mark = &marks[page.index()];
             if mark.uses > 0 {
                 known = position + 1;
             }
@@ -54,11 +54,11 @@ impl Request {
         features[4] = octave(f64::from(turn.output), 1, 1);
         features[8] = octave(tokens_after(known), 4, 1);
         if let Some(end) = full.checked_sub(1) {
-            history.mark_mut(path[end]).ended = now;
+            marks[path[end].index()].ended = now;
         }
-        let branch = path.windows(2).find(|pair| history.mark(pair[1]).uses == 0);
+        let branch = path.windows(2).find(|pair| marks[pair[1].index()].uses == 0);
         if let Some(pair) = branch {
-            let mark = history.mark_mut(pair[0]);
+            let mark = &mut marks[pair[0].index()];
             mark.kids = mark.kids.saturating_add(1);
         }
         Self { features, num_blocks: path.len() }

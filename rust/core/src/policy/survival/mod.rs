@@ -17,14 +17,13 @@ mod record;
 mod score;
 mod shadow;
 
-use super::history::History;
+use super::{Cause, History, Policy};
 use crate::ids::{NodeId, PageId};
 use curves::{BUCKETS, Curves};
 pub(crate) use features::Turn;
 use features::{OWN, Request};
 use guard::Guard;
-pub(crate) use ranking::Standing;
-use ranking::{DEPTHS, Ranking};
+use ranking::{DEPTHS, Ranking, Standing};
 use record::{Record, Records};
 use score::Score;
 use shadow::Shadows;
@@ -57,9 +56,33 @@ pub struct Rule {
     pub lessons: u64,
 }
 
+/// What is known of a block.
+#[derive(Clone, Copy, Default)]
+struct Mark {
+    /// When a prompt last ended with it; 0 is never.
+    ended: u64,
+    /// Its latest sample record, plus 1; 0 is none.
+    record: u32,
+    /// Texts that used it, up to 255.
+    uses: u8,
+    /// Different blocks that followed it, up to 255.
+    kids: u8,
+}
+
+/// What is known of a block, and where it stands.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Memory {
+    mark: Mark,
+    standing: Standing,
+}
+
 /// Ranks of leaves, and all that they are learned from.
 pub(crate) struct Survival {
+    /// By page.
+    marks: Vec<Mark>,
     standings: Vec<Standing>,
+    /// By slot of the history.
+    ghosts: Vec<Mark>,
     ranking: Ranking,
     records: Records,
     score: Score,
@@ -70,8 +93,8 @@ pub(crate) struct Survival {
     /// Records made when it was last learned.
     learned_at: u64,
     is_learning: bool,
-    /// Tokens that a position counts for.
-    token_weight: u32,
+    /// Tokens that a block counts for.
+    block_tokens: u32,
 }
 
 /// What learning needs: a copy, so that it can be done without the lock.
@@ -92,12 +115,14 @@ impl Lesson {
 }
 
 impl Survival {
-    /// `token_weight`: how many tokens a position of the pool's stands for; 1 but in replays.
-    pub(crate) fn new(num_pages: usize, token_weight: u32, is_unguarded: bool) -> Self {
+    /// `block_tokens`: how many tokens a block stands for.
+    pub(crate) fn new(num_pages: usize, block_tokens: u32, is_unguarded: bool) -> Self {
         let weights = DEPTH_AT.map(|depth| COST_EXPONENT * (1.0 + depth / DEPTH_TOKENS).ln());
         let shadows = Shadows::new(num_pages, weights);
         Self {
+            marks: vec![Mark::default(); num_pages],
             standings: vec![Standing::default(); num_pages],
+            ghosts: Vec::new(),
             ranking: Ranking::new(weights),
             records: Records::new(num_pages),
             score: Score::new(),
@@ -107,46 +132,37 @@ impl Survival {
             sampled: Vec::new(),
             learned_at: 0,
             is_learning: false,
-            token_weight,
+            block_tokens,
         }
     }
+}
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.standings.capacity() * size_of::<Standing>()
-            + self.ranking.bytes()
-            + self.records.bytes()
-            + size_of::<Score>()
-            + self.curves.bytes()
-            + self.shadows.bytes()
+impl Policy for Survival {
+    fn cause(&self) -> Cause {
+        if self.guard.rules() { Cause::Survival } else { Cause::Recency }
     }
 
-    /// Where the block in a page stands.
-    pub(crate) fn standing(&self, page: PageId) -> Standing {
-        self.standings[page.index()]
+    fn learns(&self) -> bool {
+        true
     }
 
-    pub(crate) fn stand(&mut self, page: PageId, standing: Standing) {
-        self.standings[page.index()] = standing;
-    }
-
-    /// A page came into the tree while its text still runs.
-    pub(crate) fn enter(&mut self, page: PageId, now: u64) {
+    fn enter(&mut self, page: PageId, back: Option<u32>, now: u64) {
+        let mark = back.and_then(|slot| self.ghosts.get(slot as usize));
+        self.marks[page.index()] = mark.copied().unwrap_or_default();
         self.standings[page.index()] = Standing { class: (BUCKETS / 2 * DEPTHS) as u16, last: now };
     }
 
-    /// A text ended that stood on these pages, all from its beginning on.
-    pub(crate) fn touch(&mut self, history: &mut History, path: &[PageId], turn: Turn, block_tokens: u32, now: u64) {
-        let block_tokens = block_tokens * self.token_weight;
-        let request = Request::read(history, path, turn, block_tokens, now);
+    fn touch(&mut self, history: &History, path: &[PageId], turn: Turn, now: u64) {
+        let request = Request::read(&mut self.marks, path, turn, self.block_tokens, now);
         let base = request.base(&self.score);
         self.records.note_text(path.len());
         self.sampled.clear();
         for (position, page) in path.iter().enumerate() {
-            let mark = history.mark_mut(*page);
+            let (key, mark) = (history.key(*page), &mut self.marks[page.index()]);
             let own = request.own(mark, position);
             let logit = base + (0..OWN.len()).map(|i| self.score.weight(OWN[i], own[i])).sum::<f32>();
             let curve = features::curve(mark.uses, logit);
-            let depth = position as u32 * block_tokens;
+            let depth = position as u32 * self.block_tokens;
             let deeper = DEPTH_FROM.iter().filter(|from| **from <= depth).count() - 1;
             let standing = Standing { class: (curve * DEPTHS + deeper) as u16, last: now };
             self.standings[page.index()] = standing;
@@ -157,20 +173,14 @@ impl Survival {
                 record.again = now;
             }
             mark.record = 0;
-            if self.records.is_sampled(mark.key) {
+            if self.records.is_sampled(key) {
                 let features = request.features(own);
-                let record = Record {
-                    used: now,
-                    again: 0,
-                    features,
-                    curve: curve as u8,
-                    key: mark.key as u8,
-                    is_learned: false,
-                };
+                let record =
+                    Record { used: now, again: 0, features, curve: curve as u8, key: key as u8, is_learned: false };
                 mark.record = (self.records.push(record) as u32).wrapping_add(1);
             }
-            if self.shadows.is_sampled(mark.key) {
-                self.sampled.push((mark.key, standing));
+            if self.shadows.is_sampled(key) {
+                self.sampled.push((key, standing));
             }
         }
         let asked = self.sampled.len();
@@ -178,49 +188,65 @@ impl Survival {
         self.guard.note(asked, hits);
     }
 
-    /// Rank a node by its deepest page when it is a leaf that may leave, else take it out.
-    pub(crate) fn rank(&mut self, node: NodeId, deepest: Option<PageId>) {
+    fn rank(&mut self, node: NodeId, deepest: Option<PageId>) {
         self.ranking.set(node.0, deepest.map(|page| self.standings[page.index()]));
     }
 
-    /// The leaf to take from, while the learned order rules.
-    pub(crate) fn lowest(&mut self, now: u64) -> Option<NodeId> {
+    fn lowest(&mut self, now: u64) -> Option<NodeId> {
         if !self.guard.rules() {
             return None;
         }
         self.ranking.lowest(&self.curves, now).map(NodeId)
     }
 
-    /// How many pages at the end of a leaf stand where the last one does.
-    pub(crate) fn alike(&self, pages: &[PageId]) -> usize {
+    fn alike(&self, pages: &[PageId]) -> usize {
         let standing = |page: &PageId| self.standings[page.index()];
         let Some(last) = pages.last().map(standing) else { return 0 };
         pages.iter().rev().take_while(|page| standing(page) == last).count()
     }
 
-    /// Leaves that are ranked, and where one stands: for `check`.
-    pub(crate) fn num_ranked(&self) -> usize {
-        self.ranking.len()
+    fn num_ranked(&self) -> Option<usize> {
+        Some(self.ranking.len())
     }
 
-    pub(crate) fn is_ranked_as(&self, node: NodeId, deepest: PageId) -> bool {
+    fn is_ranked_as(&self, node: NodeId, deepest: PageId) -> bool {
         self.ranking.get(node.0) == Some(self.standings[deepest.index()])
     }
 
-    /// What rules, and by how much.
-    pub(crate) fn rule(&self) -> Rule {
+    fn rule(&self) -> Option<Rule> {
         let (recency, learned) = self.guard.ratios();
-        Rule {
+        Some(Rule {
             is_learned: self.guard.rules(),
             recency,
             learned,
             switches: self.guard.switches,
             lessons: self.curves.version,
-        }
+        })
     }
 
-    /// Copy what there is to learn from, when it is time; until `apply` there is no second copy.
-    pub(crate) fn lesson(&mut self, now: u64) -> Option<Lesson> {
+    fn remember(&self, pages: &[PageId], memories: &mut Vec<Memory>) {
+        let of = |page: &PageId| Memory { mark: self.marks[page.index()], standing: self.standings[page.index()] };
+        memories.extend(pages.iter().map(of));
+    }
+
+    fn recall(&mut self, page: PageId, memory: &Memory) {
+        self.marks[page.index()] = memory.mark;
+        self.standings[page.index()] = memory.standing;
+    }
+
+    fn bury(&mut self, slot: u32, memory: &Memory) {
+        if slot as usize >= self.ghosts.len() {
+            self.ghosts.resize(slot as usize + 1, Mark::default());
+        }
+        self.ghosts[slot as usize] = memory.mark;
+    }
+
+    fn relocate(&mut self, from: PageId, to: PageId) {
+        self.marks[to.index()] = self.marks[from.index()];
+        self.standings[to.index()] = self.standings[from.index()];
+    }
+
+    fn lesson(&mut self, now: u64) -> Option<Lesson> {
         let due = (self.records.count / 16).clamp(LEAST_LESSON, MOST_LESSON);
         // A lesson that never came back, its thread lost in a fork, is not waited for for ever.
         let due = if self.is_learning { LOST * MOST_LESSON } else { due };
@@ -232,10 +258,19 @@ impl Survival {
         Some(Lesson { records: self.records.clone(), score: self.score.clone(), curves: self.curves.clone(), now })
     }
 
-    /// Go by what was learned from now on.
-    pub(crate) fn apply(&mut self, lesson: Lesson) {
+    fn apply(&mut self, lesson: Lesson) {
         self.records.note_learned(&lesson.records);
         (self.score, self.curves) = (lesson.score, lesson.curves);
         self.is_learning = false;
+    }
+
+    fn bytes(&self) -> usize {
+        (self.marks.capacity() + self.ghosts.capacity()) * size_of::<Mark>()
+            + self.standings.capacity() * size_of::<Standing>()
+            + self.ranking.bytes()
+            + self.records.bytes()
+            + size_of::<Score>()
+            + self.curves.bytes()
+            + self.shadows.bytes()
     }
 }
