@@ -130,9 +130,9 @@ async def test_no_more_run_at_once_than_workers(make_engine, llama, monkeypatch)
     async with make_engine(num_workers=3) as engine:
         run = engine._runner.run
 
-        def watched(step, tokens, keys):
+        def watched(step, tokens, keys, gaps):
             sizes.append(len(keys))
-            return run(step, tokens, keys)
+            return run(step, tokens, keys, gaps)
 
         monkeypatch.setattr(engine._runner, "run", watched)
         requests = [{"text": f"number {i}", "max_length": 6} for i in range(9)]

@@ -487,5 +487,3 @@ def test_what_promises_whole_texts_is_not_compressed() -> None:
         feed(attachment, session, prompt(LENGTH))
         with pytest.raises(UnsupportedError, match="reproducible=True"):
             session.compress(0.5)
-    with pytest.raises(kvhybrid.ConfigError, match="an engine's requests are not compressed"):
-        kvhybrid.KVEngine(config=KVCacheConfig(use_compression=True, compression_ratio=0.5))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from kvhybrid.engine.held import Held
     from kvhybrid.engine.request import Request
 
 __all__ = ["Door", "Prompt"]
@@ -31,11 +32,14 @@ DEFAULT_MAX_LENGTH: Final = 256
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a request came to: its tokens, and how many may follow. ``text``: what they were rendered from."""
+    """What a request came to: its tokens, and how many may follow."""
 
     tokens: TokenBuffer
     max_length: int
     text: str | None = None
+    """What they were rendered from."""
+    held: Held | None = None
+    """Where its conversation's compressed text lies between turns."""
 
 
 class Door:

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
+from kvhybrid.cache.compress.scorers import NEED_QUERIES
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.engine.door import Door
 from kvhybrid.engine.driver import Driver
+from kvhybrid.engine.held import Held
 from kvhybrid.engine.intake import Intake
 from kvhybrid.engine.lane import Lane
 from kvhybrid.engine.recorder import Recorder
@@ -23,10 +25,15 @@ from kvhybrid.engine.scheduler import Scheduler
 from kvhybrid.engine.session import Session
 from kvhybrid.engine.statistics import Health
 from kvhybrid.errors import ClosedError, ConfigError, InvalidRequestError
+from kvhybrid.model.compression import Compression
 from kvhybrid.model.load import load_model
+from kvhybrid.model.original import plain_forward
 from kvhybrid.model.packing import choose_packing
-from kvhybrid.model.runner import Runner
+from kvhybrid.model.probe_compression import obstacle_to_compression
+from kvhybrid.model.routes import Route
+from kvhybrid.model.runner import Packing, Runner
 from kvhybrid.model.threads import in_own_thread
+from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -54,7 +61,8 @@ class KVEngine:
 
     Building one loads the model and tries it on a few tokens, which takes its time: build it before the
     event loop has anything else to do. Raises ``LayoutError`` or ``UnsupportedError`` for a model that
-    has no attention or that cannot be served, ``ConfigError`` for wrong settings.
+    has no attention or that cannot be served, ``ConfigError`` for wrong settings, ``UnsupportedError`` with
+    ``use_compression`` for one whose texts cannot be compressed.
 
     Works on asyncio and trio. Leaving ``async with`` cancels what still runs: its callers get
     ``ClosedError``, and every page is free. An engine is entered once.
@@ -73,15 +81,24 @@ class KVEngine:
     ) -> None:
         _check_count("max_queued", max_queued, 2**31 - 1)
         _check_count("prefill_tokens", prefill_tokens, 2**31 - 1)
-        if config is not None and config.use_compression:
+        if config is not None and config.use_compression and config.compression_scorer in NEED_QUERIES:
             raise ConfigError(
-                "use_compression=True: an engine's requests are not compressed, sessions of an attached "
-                "model are (kvhybrid.attach)"
+                f"compression_scorer={config.compression_scorer.value!r}: scores by queries, which an engine "
+                f"does not keep: use one of {', '.join(sorted(set(CompressionScorer) - NEED_QUERIES))}"
             )
         self.model, self.tokenizer = load_model(model, tokenizer=tokenizer, device=device, dtype=dtype)
         self.cache = KVCache.for_model(self.model, config)
         self.packing, self.packing_reason = in_own_thread(
             choose_packing, self.model, self.cache.layout, alone=self.cache.config.reproducible
+        )
+        route = Route.PAGED if self.packing is Packing.RAGGED else Route.MATERIALISED
+        self._compression = in_own_thread(
+            Compression,
+            self.cache.config,
+            sees_queries=False,
+            obstacle=partial(
+                obstacle_to_compression, self.model, plain_forward(self.model), self.cache.layout, route
+            ),
         )
         capacity = self.cache.pool.num_pages * self.cache.layout.block_size
         self._door = Door(self.model, self.tokenizer, capacity)
@@ -121,6 +138,8 @@ class KVEngine:
         finally:
             self.stop_recording()
             self._runner.close()
+            for session in self._sessions.values():
+                session.let_go()
             self.cache.close()
             self._sessions.clear()
 
@@ -156,13 +175,17 @@ class KVEngine:
         check_names(session_id=session_id, tenant=tenant)
         key = (tenant, session_id)
         if key not in self._sessions:
-            self._sessions[key] = Session(session_id, tenant, intake)
+            held = Held(self.cache, self._compression) if self._compression.kept < 1.0 else None
+            self._sessions[key] = Session(session_id, tenant, intake, held)
         return self._sessions[key]
 
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
         """Forget a conversation; its pages stay cached until they are evicted. True if it was known."""
         self._serving()
-        return self._sessions.pop((tenant, session_id), None) is not None
+        session = self._sessions.pop((tenant, session_id), None)
+        if session is not None:
+            session.let_go()
+        return session is not None
 
     @property
     def num_workers(self) -> int:

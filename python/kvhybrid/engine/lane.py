@@ -95,11 +95,14 @@ class Lane:
             self._remove(row)
             out.left.append(row)
 
-    def _remove(self, row: Running) -> None:
+    def _remove(self, row: Running, *, is_done: bool = False) -> None:
         assert row.sequence is not None
         self._batch.remove(row.sequence)
         self.rows.remove(row)
-        row.close()
+        if is_done:
+            row.finish()
+        else:
+            row.close()
         self._storage.settled()
         self._runner.forget(row.key)
         self._full = False
@@ -123,16 +126,25 @@ class Lane:
         if not self.rows:
             row.open(self._pool)
             return True
-        owed = sum(-(-(len(r.tokens) + 1) // size) - r.sequence.num_pages for r in self.rows if r.sequence)
-        needed = -(-(len(row.tokens) + 1) // size)
-        if owed + needed - row.match(self._pool) // size > self._num_available():
+        owed = sum(-(-(r.num_stored + 1) // size) - r.sequence.num_pages for r in self.rows if r.sequence)
+        # What a conversation holds is seen once it is taken.
+        if row.prompt.held is None and not self._has(
+            owed + -(-(row.num_stored + 1) // size) - row.match(self._pool) // size
+        ):
             return False
         # Opening pins what matched, which may be what was counted as available.
         held = row.open(self._pool).num_pages
-        if owed + needed - held <= self._num_available():
+        if self._has(owed + -(-(row.num_stored + 1) // size) - held):
             return True
         row.close()
         return False
+
+    def _has(self, pages: int) -> bool:
+        """Return whether so many pages can be had, if need be from conversations at rest."""
+        while pages > self._num_available():
+            if not self._storage.make_room():
+                return False
+        return True
 
     def _num_available(self) -> int:
         return self._pool.num_free + self._pool.num_evictable
@@ -144,9 +156,13 @@ class Lane:
             if planned is None:
                 return
             active, step = planned
-            tokens = [row.span(span.past, span.total) for row, span in zip(active, step.spans, strict=True)]
+            gaps = [row.front.removed for row in active]
+            tokens = [
+                row.span(span.past + gap, span.total + gap)
+                for row, span, gap in zip(active, step.spans, gaps, strict=True)
+            ]
             ids = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
-            logits = self._runner.run(step, ids, [row.key for row in active])
+            logits = self._runner.run(step, ids, [row.key for row in active], gaps)
             step.commit()
         except Exception as error:  # noqa: BLE001  # the model's code may raise anything
             if step is not None:
@@ -236,4 +252,4 @@ class Lane:
                 continue
             out.pieces.append((row, piece, reason))
             if reason is not None:
-                self._remove(row)
+                self._remove(row, is_done=True)

@@ -15,7 +15,9 @@ import numpy as np
 
 from kvhybrid.engine.text import Detokenizer, Piece
 from kvhybrid.errors import KVHybridError
+from kvhybrid.model.compressed import WHOLE
 from kvhybrid.model.sampling import Sampling
+from kvhybrid.model.shorten import Computed
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -39,7 +41,8 @@ class Running:
 
     ``tokens`` holds the prompt and everything generated, so that a preempted request can be opened
     again and go on as if nothing had been. With a ``grid`` (``reproducible``) they are computed in the
-    same forward passes whatever is cached and whatever else runs.
+    same forward passes whatever is cached and whatever else runs. A conversation's ``front`` may have fewer
+    tokens stored than it has: positions count the text's, pages hold what is left.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Running:
         self.text = Detokenizer(tokenizer, request.stop or ())
         self.sampling = Sampling.seeded(request.temperature, request.top_p, request.seed)
         self.sequence: Sequence | None = None
+        self.front = WHOLE
         self.pending = 0  # tokens that the sequence knows and has not computed
         self.next: int | None = None  # the token just chosen, which the sequence does not know yet
         self.cached_tokens = 0
@@ -75,8 +79,12 @@ class Running:
         self._end_ids = end_ids
 
     def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
-        """Pin the longest cached prefix; everything behind it is pending."""
+        """Pin the longest cached prefix, or what the conversation holds; everything behind it is pending."""
         self.close()
+        held = self.prompt.held
+        if held is not None and (taken := held.take(self.span(0, len(self.tokens)))) is not None:
+            self.front = taken.front
+            return self._opened(taken.sequence, len(taken.text))
         sequence = pool.open(self.tokens, self._namespace, align=max(align, self._grid))
         if self._grid:
             prompt, known = self.num_prompt_tokens, len(self.tokens)
@@ -86,9 +94,12 @@ class Running:
                 sequence.truncate(keep)
                 sequence.append(self.span(keep, known))
             sequence.share_up_to(prompt // self._grid * self._grid)
+        return self._opened(sequence, sequence.cached)
+
+    def _opened(self, sequence: Sequence, found: int) -> Sequence:
         self.sequence, self.pending, self.next = sequence, sequence.pending, None
         if self.preemptions == 0:  # later it would find what it computed itself
-            self.cached_tokens = sequence.cached
+            self.cached_tokens = found
         return sequence
 
     def next_pass(self) -> int:
@@ -100,10 +111,33 @@ class Running:
         return min(self._grid - past % self._grid, left) if left > 0 else 1
 
     def close(self) -> None:
-        """Give the pages back; the tokens stay. Idempotent."""
-        if self.sequence is not None:
-            self.sequence.close()
-            self.sequence = None
+        """Give the pages back, compressed ones to the conversation; the tokens stay. Idempotent."""
+        if (computed := self._let_go()) is None:
+            return
+        if self.prompt.held is not None and computed.front.removed:
+            self.prompt.held.rest(computed)
+        else:
+            computed.sequence.close()
+
+    def finish(self) -> None:
+        """Give the pages back behind the last token; a conversation's text is compressed, and held."""
+        if self.prompt.held is None:
+            self.close()
+        elif (computed := self._let_go()) is not None:
+            self.prompt.held.keep(computed)
+
+    def _let_go(self) -> Computed | None:
+        """Return what was computed, and be without it."""
+        if self.sequence is None:
+            return None
+        sequence, self.sequence = self.sequence, None
+        front, self.front = self.front, WHOLE
+        return Computed(sequence, self.span(0, sequence.length + front.removed), front)
+
+    @property
+    def num_stored(self) -> int:
+        """Tokens that need a place in pages: fewer than there are, behind a compressed front."""
+        return len(self.tokens) - self.front.removed
 
     def match(self, pool: PagePool) -> int:
         """Return how many tokens ``open`` would find cached."""

@@ -3,11 +3,13 @@
     turn 1   [ rendered chat, ready for an answer ][ answer ]
     turn 2   [ ............. held as tokens ..................][ what the template puts next ][ answer ]
 
-Knows the door, which renders and encodes, and the intake, which serves; holds no page.
+Knows the door, which renders and encodes, and the intake, which serves. Holds no page, but where old context
+is compressed: those would not be found again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from kvhybrid.engine.door import Prompt
+    from kvhybrid.engine.held import Held
     from kvhybrid.engine.intake import Intake
     from kvhybrid.engine.stream import Stream
     from kvhybrid.engine.ticket import Ticket
@@ -38,10 +41,12 @@ class Session:
     happened.
     """
 
-    def __init__(self, session_id: str, tenant: str, intake: Intake) -> None:
+    def __init__(self, session_id: str, tenant: str, intake: Intake, held: Held | None = None) -> None:
+        """``held``: takes and keeps the conversation's compressed pages; None where it is not compressed."""
         self.id = session_id
         self.tenant = tenant
         self.num_turns = 0
+        self._held = held
         self._intake = intake
         self._tokens = TokenBuffer()
         self._messages: list[dict[str, Any]] = []
@@ -124,7 +129,12 @@ class Session:
             rendered = door.render([*self._messages, *request.messages])
             added = door.encode(self._what_is_new(rendered), special=False)
         tokens.append(added)
-        return door.fit(tokens, request, rendered)
+        return replace(door.fit(tokens, request, rendered), held=self._held)
+
+    def let_go(self) -> None:
+        """Give back what is held between turns. Its turns, if more follow, begin with a whole text."""
+        if self._held is not None:
+            self._held.close()
 
     def _what_is_new(self, rendered: str) -> str:
         """Return what the template puts behind the last answer."""

@@ -46,7 +46,7 @@ def go_on(rows: Rows, texts: list[Text], pads: list[int]) -> list[int] | None:
     chosen: list[int] = []
     cut = min(pad + len(text) for text, pad in zip(texts, pads, strict=True)) - 1
     for text, pad in zip(texts, pads, strict=True):
-        shared = {row: _shared(held[row], text) for row in range(len(rows)) if rows.pads[row] == pad}
+        shared = {row: shared_tokens(held[row], text) for row in range(len(rows)) if rows.pads[row] == pad}
         if not shared:
             return None
         best = max(shared, key=lambda row: shared[row])
@@ -62,8 +62,8 @@ def go_on(rows: Rows, texts: list[Text], pads: list[int]) -> list[int] | None:
     return chosen
 
 
-def _shared(held: Text, text: Text) -> int:
-    """Return how many leading tokens are equal."""
+def shared_tokens(held: Text, text: Text) -> int:
+    """Return how many leading tokens of two texts are equal."""
     length = min(len(held), len(text))
     differs = np.flatnonzero(held[:length] != text[:length])
     return int(differs[0]) if len(differs) else length

@@ -54,25 +54,36 @@ class Runner:
             switch_on(model)
 
     @torch.inference_mode()
-    def run(self, step: Step, tokens: torch.Tensor, keys: Sequence[int]) -> torch.Tensor:
+    def run(
+        self, step: Step, tokens: torch.Tensor, keys: Sequence[int], gaps: Sequence[int] | None = None
+    ) -> torch.Tensor:
         """Compute the step's ``tokens`` (int64 ``[step.num_tokens]``, rows one behind the other).
 
-        ``keys`` names each row's text over the steps, for ``forget``. Writes K and V into the pages and
-        returns the logits behind each row's last token, float32 ``[rows, vocab]``. Commits nothing.
+        ``keys`` names each row's text over the steps, for ``forget``. ``gaps``: by how many tokens each
+        row's pages hold less than its text, whose positions its tokens have. Writes K and V into the pages
+        and returns the logits behind each row's last token, float32 ``[rows, vocab]``. Commits nothing.
         """
+        gaps = gaps if gaps is not None else [0] * len(step.spans)
         tokens = tokens.to(self._storage.device)
         if self.packing is Packing.RAGGED:
-            return self._forward(step, tokens, self._paged, 0)
+            return self._forward(step, tokens, self._paged, 0, gaps)
         logits, done = [], 0
-        for row, key in zip(step.rows(), keys, strict=True):
+        for row, key, gap in zip(step.rows(), keys, gaps, strict=True):
             reader = self._mirrors.setdefault(key, MaterialisedReader(self._storage))
             stop = done + row.num_tokens
-            logits.append(self._forward(row, tokens[done:stop], reader, row.spans[0].past))
+            logits.append(self._forward(row, tokens[done:stop], reader, row.spans[0].past, [gap]))
             done = stop
         return torch.cat(logits)
 
-    def _forward(self, step: Step, tokens: torch.Tensor, reader: Reader, columns: int) -> torch.Tensor:
-        positions = torch.cat([torch.arange(span.past, span.total) for span in step.spans])
+    def _forward(
+        self, step: Step, tokens: torch.Tensor, reader: Reader, columns: int, gaps: Sequence[int]
+    ) -> torch.Tensor:
+        positions = torch.cat(
+            [
+                torch.arange(span.past + gap, span.total + gap)
+                for span, gap in zip(step.spans, gaps, strict=True)
+            ]
+        )
         last = torch.tensor([span.count for span in step.spans]).cumsum(0) - 1
         options: dict[str, Any] = {}
         if self._keeps_logits:
@@ -83,7 +94,7 @@ class Runner:
         with reading_pages(reader.reads_pages):
             output = self.model(
                 input_ids=tokens[None],
-                past_key_values=StepCache(step, reader, columns),
+                past_key_values=StepCache(step, reader, columns, gaps[0] if columns else 0),
                 use_cache=True,
                 **options,
             )
@@ -105,11 +116,14 @@ class Runner:
 
 
 class StepCache(Cache):
-    """One step's view of the pages as ``past_key_values``: written layer by layer, read through a route."""
+    """One step's view of the pages as ``past_key_values``: written layer by layer, read through a route.
 
-    def __init__(self, step: Step, reader: Reader, columns: int) -> None:
+    ``columns`` are stored before the input's, of a text that is longer by ``gap``.
+    """
+
+    def __init__(self, step: Step, reader: Reader, columns: int, gap: int = 0) -> None:
         super().__init__(layers=[])
-        self._step, self._reader, self._columns = step, reader, columns
+        self._step, self._reader, self._columns, self._gap = step, reader, columns, gap
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -119,15 +133,15 @@ class StepCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns before the input's: none when rows are packed."""
-        return self._columns
+        return self._columns + self._gap
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Return the input's first column."""
-        return self._columns
+        return self._columns + self._gap
 
     def get_mask_sizes(self, query_length: int | torch.Tensor, layer_idx: int) -> tuple[int, int]:
-        """Return ``(columns after this forward pass, 0)``."""
-        return self._columns + columns_fed(query_length), 0
+        """Return ``(columns stored after this forward pass, columns of the text before them)``."""
+        return self._columns + columns_fed(query_length), self._gap
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """Return -1: no bound but the cache's budget."""

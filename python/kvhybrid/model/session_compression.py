@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kvhybrid.cache.compress.rewrite import Source, rewrite
 from kvhybrid.cache.compress.scorers import NEED_QUERIES, SCORERS
-from kvhybrid.cache.compress.selection import RECENT, kept_tokens
 from kvhybrid.cache.memory import is_out_of_memory
 from kvhybrid.errors import CapacityError, InvalidRequestError
-from kvhybrid.model.compressed import Front
 from kvhybrid.model.rows import Rows
+from kvhybrid.model.shorten import Computed, removable, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -41,29 +37,20 @@ def compress(session: SessionRows, kept: float, scorer: CompressionScorer) -> in
         raise InvalidRequestError(f"some row of session {session.name!r} is padding alone so far")
     rows.take_back()
     texts = [text.copy() for text in rows.held()]
-    counts = [
-        min(kept_tokens(len(text), kept), row.length) for text, row in zip(texts, rows.sequences, strict=True)
-    ]
-    removed = sum(row.length - count for row, count in zip(rows.sequences, counts, strict=True))
+    computed = list(map(Computed, rows.sequences, texts, rows.fronts))
+    removed = removable(computed, kept)
     if removed == 0:
         return 0
     queries = _queries(session, texts, scorer)
-    fronts, sources = [], []
-    for row, text, front, count in zip(rows.sequences, texts, rows.fronts, counts, strict=True):
-        # Of these, every head has every token, in order: behind the front before, and among the last.
-        behind = min(RECENT, len(text) - len(front.text))
-        cut = len(text) - behind
-        fronts.append(Front(text[:cut], count - behind))
-        sources.append(Source(row, np.append(np.zeros(count - behind, np.uint32), text[cut:])))
 
     def score(layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return SCORERS[scorer](keys, values, queries.get((layer, row)))
 
-    cache = session.cache
-    fresh = rewrite(cache.storage, cache.pool, sources, score)
+    short = shorten(session.cache, computed, kept, score)
+    fronts = [each.front for each in short]
     gap = min(pad + front.removed for pad, front in zip(rows.pads, fronts, strict=True))
-    session.replace(Rows(cache, fresh, list(rows.pads), rows.columns, fronts, gap))
-    cache.compressed.compressed(removed, removed * cache.layout.bytes_per_token)
+    fresh = [each.sequence for each in short]
+    session.replace(Rows(session.cache, fresh, list(rows.pads), rows.columns, fronts, gap))
     return removed
 
 
