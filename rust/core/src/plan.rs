@@ -43,6 +43,8 @@ pub struct Plan {
     pub(crate) keys: Vec<u64>,
     pub(crate) memories: Vec<Memory>,
     pub(crate) cause: Option<Cause>,
+    /// When they were chosen; 0 is not yet.
+    pub(crate) left: u64,
     /// In the order in which they were chosen; the first `num_targets_taken` targets were free, the others are
     /// victims' pages.
     pub(crate) demotions: Vec<Demotion>,
@@ -105,6 +107,7 @@ impl Plan {
         self.keys.clear();
         self.memories.clear();
         self.cause = None;
+        self.left = 0;
         self.demotions.clear();
         self.num_targets_taken = 0;
         self.is_filled = false;

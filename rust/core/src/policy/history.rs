@@ -125,6 +125,7 @@ impl History {
 
     /// A block came into the tree with this page, `trail` after the one before it. Returns its slot when it
     /// had been there before.
+    #[inline]
     pub(crate) fn enter(&mut self, page: PageId, key: u64, trail: &mut Trail) -> Option<u32> {
         self.by_page[page.index()] = key;
         let before = match trail {
@@ -132,6 +133,10 @@ impl History {
             Trail::Open => None,
             Trail::At(ghost) => Some(*ghost),
         };
+        self.take(key, before, trail)
+    }
+
+    fn take(&mut self, key: u64, before: Option<Ghost>, trail: &mut Trail) -> Option<u32> {
         let found = self.find(key, before);
         if before.is_some_and(|before| found.is_none_or(|found| found.slot != self.behind(before.slot))) {
             self.close(trail);

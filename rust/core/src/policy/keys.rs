@@ -38,23 +38,33 @@ impl Keys {
     /// Only the last product waits for `key`: those of the tokens, four each, overlap with other blocks'.
     #[inline]
     pub(crate) fn follow(&self, key: u64, tokens: &[u32]) -> u64 {
-        let mut sum = 0u64;
-        for (number, stripe) in tokens.chunks(STRIPE).enumerate() {
-            if number > 0 {
-                sum = fold(sum ^ BEGIN, FOLLOW);
-            }
-            let mut words = stripe.chunks_exact(4);
-            for (word, secret) in words.by_ref().zip(&self.secrets) {
-                let (low, high) = (pair(word[0], word[1]), pair(word[2], word[3]));
-                sum = sum.wrapping_add(fold(low ^ secret[0], high ^ secret[1]));
-            }
-            if let [first, rest @ ..] = words.remainder() {
-                let at = |index: usize| rest.get(index).copied().unwrap_or(0);
-                let secret = self.secrets[stripe.len() / 4];
-                sum = sum.wrapping_add(fold(pair(*first, at(0)) ^ secret[0], u64::from(at(1)) ^ secret[1]));
-            }
-        }
+        let sum = match <&[u32; 16]>::try_from(tokens) {
+            Ok(usual) => self.sum(usual),
+            Err(_) => self.sum_stripes(tokens),
+        };
         fold(key ^ sum, FOLLOW ^ tokens.len() as u64) & KEY
+    }
+
+    fn sum_stripes(&self, tokens: &[u32]) -> u64 {
+        let mut stripes = tokens.chunks(STRIPE);
+        let first = self.sum(stripes.next().unwrap_or(&[]));
+        stripes.fold(first, |sum, stripe| fold(sum ^ BEGIN, FOLLOW).wrapping_add(self.sum(stripe)))
+    }
+
+    #[inline]
+    fn sum(&self, stripe: &[u32]) -> u64 {
+        let (words, rest) = stripe.as_chunks::<4>();
+        let masked = |word: &[u32; 4], secret: &[u64; 2]| {
+            fold(pair(word[0], word[1]) ^ secret[0], pair(word[2], word[3]) ^ secret[1])
+        };
+        let sum = |sum: u64, (word, secret)| sum.wrapping_add(masked(word, secret));
+        let whole = words.iter().zip(&self.secrets).fold(0, sum);
+        if rest.is_empty() {
+            return whole;
+        }
+        let mut word = [0; 4];
+        word[..rest.len()].copy_from_slice(rest);
+        whole.wrapping_add(masked(&word, &self.secrets[words.len()]))
     }
 }
 

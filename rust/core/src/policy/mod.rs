@@ -29,9 +29,10 @@ pub(crate) trait Policy: Send {
     fn cause(&self) -> Cause;
 
     /// A block came into the tree with this page, back from among those that left when it has a slot there.
+    /// Told only where `learns`.
     fn enter(&mut self, _page: PageId, _back: Option<u32>, _now: u64) {}
 
-    /// A text ended that stood on these pages, all from its beginning on. Asked for only where `learns`.
+    /// A text ended that stood on these pages, all from its beginning on. Told only where `learns`.
     fn touch(&mut self, _history: &History, _path: &[PageId], _turn: Turn, _now: u64) {}
 
     /// A node is a leaf that may leave, and ends with this page; or, with none, it is not, or not any more.
@@ -59,7 +60,7 @@ pub(crate) trait Policy: Send {
     /// The block in a page is in another one from now on.
     fn relocate(&mut self, _from: PageId, _to: PageId) {}
 
-    /// True when texts that end are to be told.
+    /// True when use is to be told.
     fn learns(&self) -> bool {
         false
     }

@@ -78,6 +78,9 @@ impl Pool {
 
     /// Write down what is known of the blocks in a plan's victims, from the `first` one on.
     pub(super) fn note_victims(&mut self, plan: &mut Plan, first: usize) {
+        if plan.left == 0 {
+            plan.left = self.clock.now();
+        }
         let pages = &plan.victim_pages[first..];
         plan.keys.extend(pages.iter().map(|page| self.history.key(*page)));
         self.tree.policy.remember(pages, &mut plan.memories);
@@ -94,12 +97,12 @@ impl Pool {
     }
 
     /// The victims of a plan left the tree.
-    pub(super) fn forget(&mut self, plan: &Plan, cause: Cause, now: u64) {
+    pub(super) fn forget(&mut self, plan: &Plan, cause: Cause) {
         let (mut keys, mut memories) = (plan.keys.as_slice(), plan.memories.as_slice());
         for victim in &plan.victims {
             let (own, rest) = keys.split_at(victim.count());
             keys = rest;
-            let mut slot = self.history.bury(own, now, cause);
+            let mut slot = self.history.bury(own, plan.left, cause);
             let (own, rest) = memories.split_at(victim.count().min(memories.len()));
             memories = rest;
             for memory in own {
@@ -142,7 +145,8 @@ impl Pool {
     /// `first` on. The others were there already.
     pub(super) fn note_entered(&mut self, id: SequenceId, first: usize) {
         let Some(sequence) = self.sequences.find_mut(id) else { return };
-        let now = if self.tree.policy.learns() { self.clock.now() } else { 0 };
+        let learns = self.tree.policy.learns();
+        let now = if learns { self.clock.now() } else { 0 };
         let mut trail = Trail::default();
         for ((page, key), entered) in self.path.iter().zip(&self.keys).zip(&sequence.table[first..]) {
             if entered != page {
@@ -151,7 +155,9 @@ impl Pool {
             }
             let back = self.history.enter(*page, *key, &mut trail);
             self.totals.returned_pages += u64::from(back.is_some());
-            self.tree.policy.enter(*page, back, now);
+            if learns {
+                self.tree.policy.enter(*page, back, now);
+            }
         }
         self.history.close(&mut trail);
     }

@@ -136,10 +136,10 @@ impl Pool {
 
     fn evict_by(&mut self, condemn: impl FnOnce(&mut Tree, u64, &mut Vec<PageId>, &mut Vec<Victim>)) -> usize {
         let mut plan = self.spare.take().unwrap_or_default();
-        let now = self.clock.now();
-        condemn(&mut self.tree, now, &mut plan.victim_pages, &mut plan.victims);
+        plan.left = self.clock.now();
+        condemn(&mut self.tree, plan.left, &mut plan.victim_pages, &mut plan.victims);
         self.note_victims(&mut plan, 0);
-        self.forget(&plan, Cause::Asked, now);
+        self.forget(&plan, Cause::Asked);
         self.tree.finish(&mut plan.victims);
         self.tree.forget_refused(&plan.victim_pages);
         self.pages.free(&plan.victim_pages);

@@ -103,6 +103,7 @@ impl Pool {
     /// many pages to demote into them. Returns the quantized pages gained, the next to use last.
     fn evict_for(&mut self, plan: &mut Plan, needed: usize, held: usize) -> Vec<PageId> {
         let (now, mut targets) = (self.clock.now(), Vec::new());
+        plan.left = now;
         plan.cause = Some(self.tree.policy.cause());
         loop {
             let short = needed - plan.reserved.len();

@@ -8,6 +8,21 @@ use crate::plan::{Plan, Row};
 use crate::policy::Cause;
 use crate::tree::Sealing;
 
+/// Number slots one after the other from `first` on, eight at a time: one instruction or two.
+#[inline]
+fn number(slots: &mut [i32], first: u32) {
+    let (eights, rest) = slots.as_chunks_mut::<8>();
+    let mut next = first as i32;
+    for eight in eights {
+        *eight = std::array::from_fn(|offset| next.wrapping_add(offset as i32));
+        next = next.wrapping_add(8);
+    }
+    for slot in rest {
+        *slot = next;
+        next = next.wrapping_add(1);
+    }
+}
+
 impl Pool {
     /// Reserve pages for the next step of every row, all of them or none.
     ///
@@ -143,18 +158,14 @@ impl Pool {
             for (entry, page) in target.iter_mut().zip(&sequence.table) {
                 *entry = page.0 as i32;
             }
-            let (mut position, end) = (row.length, row.length + row.count);
-            while position < end {
-                let first = sequence.table[(position >> self.shift) as usize].0 << self.shift;
-                let block_end = ((position >> self.shift) + 1) << self.shift;
-                let stop = block_end.min(end);
-                let offset = first + (position & ((1 << self.shift) - 1));
-                let (run, rest) = slots.split_at_mut((stop - position) as usize);
-                for (slot, value) in run.iter_mut().zip(offset..) {
-                    *slot = value as i32;
-                }
-                slots = rest;
-                position = stop;
+            let (own, rest) = slots.split_at_mut(row.count as usize);
+            slots = rest;
+            let (first, offset) = (row.length >> self.shift, row.length & ((1 << self.shift) - 1));
+            let pages = &sequence.table[first as usize..];
+            let (begun, rest) = own.split_at_mut(own.len().min(((1 << self.shift) - offset) as usize));
+            number(begun, (pages[0].0 << self.shift) + offset);
+            for (block, page) in rest.chunks_mut(1 << self.shift).zip(&pages[1..]) {
+                number(block, page.0 << self.shift);
             }
         }
         Ok(())
@@ -169,8 +180,7 @@ impl Pool {
             return;
         }
         self.totals.evicted_pages += plan.num_evicted as u64;
-        let now = self.clock.now();
-        self.forget(plan, plan.cause.unwrap_or(Cause::Asked), now);
+        self.forget(plan, plan.cause.unwrap_or(Cause::Asked));
         self.tree.finish(&mut plan.victims);
         self.tree.forget_refused(&plan.victim_pages);
         let classes = self.pages.classes();
