@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvhybrid import CacheStrategy, ConfigError, KVCacheConfig, KVHybridError, UnsupportedError
-from kvhybrid.config import ABSENT, PRESENT
+from kvhybrid.config import ABSENT
 from kvhybrid.presets import PRESETS, SWITCHES, ConfigValues, PresetName
 
 pytestmark = pytest.mark.usefixtures("clean_environment")
@@ -63,7 +63,6 @@ WRONG = {
 
 # A value in range of each field whose feature is not there yet.
 ASKED = {
-    "cache_strategy": CacheStrategy.PAGED,
     "enable_persistence": True,
     "persistence_path": "somewhere",
     "host_memory_mb": 64,
@@ -73,7 +72,7 @@ ASKED = {
 
 
 def is_absent(field, value):
-    return field in ABSENT and value is not False and (field, value) not in PRESENT
+    return field in ABSENT and value is not False
 
 
 def test_arguments_are_keyword_only():
@@ -182,7 +181,7 @@ def test_a_threshold_that_is_no_fraction_is_refused(threshold):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PRESETS if name not in ("low_latency", "high_performance")]
+    "name", [name for name in PRESETS if any(is_absent(*item) for item in PRESETS[name].items())]
 )
 def test_a_preset_ahead_of_its_time_names_every_missing_field_and_the_way_round(name):
     with pytest.raises(UnsupportedError) as caught:
@@ -334,8 +333,25 @@ def test_anything_else_is_a_typed_error(values):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantization_is_taken_with_its_bits(bits):
-    assert KVCacheConfig(use_quantization=True, quantization_bits=bits).stored_bits == bits
-    assert KVCacheConfig().stored_bits is None
+    assert KVCacheConfig(use_quantization=True, quantization_bits=bits).ladder == (bits,)
+    assert KVCacheConfig().ladder == ()
+
+
+@pytest.mark.parametrize("strategy", [CacheStrategy.PAGED, CacheStrategy.ADAPTIVE])
+def test_paged_and_adaptive_step_down_by_way_of_8_bits(strategy):
+    assert KVCacheConfig(cache_strategy=strategy).ladder == ()
+    ladders = [
+        KVCacheConfig(cache_strategy=strategy, use_quantization=True, quantization_bits=bits).ladder
+        for bits in (4, 8)
+    ]
+    assert ladders == [(8, 4), (8,)]
+
+
+@pytest.mark.parametrize("name", ["memory_efficient", "memory_constrained"])
+def test_the_presets_that_save_memory_work(name):
+    config = KVCacheConfig.preset(name)
+    assert (config.cache_strategy, config.ladder) == (CacheStrategy.PAGED, (8, 4))
+    assert config.compression_ratio == PRESETS[name]["compression_ratio"]
 
 
 @pytest.mark.parametrize(

@@ -150,13 +150,15 @@ class Plan:
     @property
     def demotions(self) -> list[tuple[int, int]]:
         """``(source, destination)`` pages to quantize once the plan is filled, before anything else is copied
-        or written. Sequences and the tree name the destination already. So until ``moved`` nobody else can
-        plan, and whoever reads pages outside of a plan holds a lock that this one holds, too."""
+        or written: in this order, for a destination may be an earlier one's source. Each lies in the class
+        below its source's. Sequences and the tree name the destination already. So until ``moved`` nobody
+        else can plan, and whoever reads pages outside of a plan holds a lock that this one holds, too."""
     def moved(self) -> None:
         """Say that the demotions were written."""
-    def refuse(self, targets: Iterable[int]) -> None:
-        """Abandon a filled plan whose demotions were written but for these destinations: the codec refused
-        their pages, which keep full precision and are not chosen again."""
+    def refuse(self, tried: int, refused: list[int]) -> None:
+        """Abandon a filled plan. Of its first ``tried`` demotions all were written but for those at the
+        places ``refused``: the codec refused their pages, which stay in their class and are not chosen again.
+        The others are undone. Raises ``ValueError`` for places that are not among the first ``tried``."""
     def fill(self, tables: _Buffer, slots: _Buffer, lengths: _Buffer) -> None:
         """Write block tables, slots and lengths into the caller's int32 buffers.
 
@@ -290,23 +292,28 @@ class PagePool:
         block_size: int,
         *,
         num_quantized: int = 0,
+        num_lowest: int = 0,
         keep_tails: bool = True,
         policy: str = "lru",
         seed: int | None = None,
     ) -> PagePool:
         """``num_pages`` pages of full precision, ids from 0 on, and ``num_quantized`` behind them, which
-        take whole blocks that are cold (``Plan.demotions``) when the others are short. ``keep_tails``: a
+        take whole blocks that are cold (``Plan.demotions``) when the others are short; the last
+        ``num_lowest`` of these take them from the other quantized ones in turn. ``keep_tails``: a
         closed sequence leaves its last, partly filled block behind, too, so that a short prompt, or what
         follows the last full block, is found again; else full blocks only.
 
-        ``policy``: ``lru``, or ``adaptive``, which learns what is wanted again. It does so in a thread of its
+        ``policy``: ``lru``, of which ``paged`` is another name, or ``adaptive``, which
+        learns what is wanted again. It does so in a thread of its
         own, now and then; ``seed`` chooses which blocks it samples. ``survival``, to compare, is the same
         without the guard that sets recency back in."""
     @property
     def num_pages(self) -> int:
-        """Pages of both kinds."""
+        """Pages of all classes."""
     @property
     def num_quantized(self) -> int: ...
+    @property
+    def num_lowest(self) -> int: ...
     @property
     def block_size(self) -> int: ...
     @property

@@ -35,7 +35,6 @@ __all__ = ["CacheStrategy", "KVCacheConfig"]
 # What this version does not have yet: of these fields only the default is accepted.
 ABSENT: Final = frozenset(
     {
-        "cache_strategy",  # but for those in PRESENT
         "enable_persistence",
         "persistence_path",
         "host_memory_mb",
@@ -43,10 +42,6 @@ ABSENT: Final = frozenset(
         "shared_url",
     }
 )
-
-
-# Values of those fields that this version does have.
-PRESENT: Final = frozenset({("cache_strategy", CacheStrategy.ADAPTIVE)})
 
 
 class Allowed(str):
@@ -124,7 +119,10 @@ class KVCacheConfig(BaseSettings):
     without that, as many bytes as the pages take."""
 
     cache_strategy: Annotated[CacheStrategy, BeforeValidator(_lower)] = CacheStrategy.LRU
-    """Who leaves first when room is needed."""
+    """Who leaves first when room is needed: what was used least recently (lru, paged), or promises least
+    (adaptive). With ``use_quantization`` cold pages step down a ladder before they leave, 8 bits and then 4;
+    with lru they go to ``quantization_bits`` at once. Without it paged is lru: every step would lose
+    something, and none is taken that nobody asked for."""
 
     block_size: Annotated[
         int,
@@ -155,10 +153,11 @@ class KVCacheConfig(BaseSettings):
     """How to tell which those are; snapkv and tova go by queries, which only models that read pages show."""
 
     use_quantization: bool = False
-    """Store cold pages in fewer bits: a quarter of the pages' bytes keeps full precision, for what is new."""
+    """Store cold pages in fewer bits: a quarter of the pages' bytes keeps full precision, for what is new. Of
+    a ladder of two steps another quarter is for 8 bits, and half of them for 4."""
 
     quantization_bits: Annotated[int, Number, AfterValidator(_stored_bits), Allowed("4, 8 or 16")] = 16
-    """Stored bits of K and V; 16 is off."""
+    """Stored bits of K and V, on a ladder those of the last step; 16 is off."""
 
     enable_gc: bool = False
     """Evict cold pages in the background, before room is asked for. The hard cap holds either way."""
@@ -255,9 +254,12 @@ class KVCacheConfig(BaseSettings):
         return None if self.dtype is None else as_torch_dtype(self.dtype)
 
     @property
-    def stored_bits(self) -> int | None:
-        """Bits of K and V in quantized pages; None without quantization."""
-        return self.quantization_bits if self.use_quantization else None
+    def ladder(self) -> tuple[int, ...]:
+        """Bits of K and V in each class of quantized pages, from the first that a page steps down to."""
+        if not self.use_quantization:
+            return ()
+        goes_by_eight = self.cache_strategy is not CacheStrategy.LRU and self.quantization_bits == 4
+        return (8, 4) if goes_by_eight else (self.quantization_bits,)
 
     def host_copies(self, device_type: str) -> tuple[bool, bool]:
         """Return ``(pin_memory, non_blocking)`` as they apply to a device; both are off without CUDA.
@@ -291,7 +293,6 @@ class KVCacheConfig(BaseSettings):
     def _refuse_absent(self, preset: PresetName | None) -> None:
         fields = type(self).model_fields
         asked = [name for name in fields if name in ABSENT and self._is_set(name)]
-        asked = [name for name in asked if (name, getattr(self, name)) not in PRESENT]
         if not asked:
             return
         details = {detail: switch for switch, detail in SWITCHES.items()}

@@ -48,11 +48,13 @@ def slices(tokens: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("memory", [None, 0.05, 0.5])
 def test_a_budget_is_divided_and_never_exceeded(bits: int, dtype: str, memory: float | None) -> None:
     shape, asked = layout(dtype=dtype), config(bits, 400, max_memory_mb=memory)
-    full, quantized, _ = divide(asked, shape)
+    full, (quantized,), _ = divide(asked, shape)
     page, record = shape.bytes_per_page, record_bytes(shape, bits)
     assert (full + quantized) * BLOCK <= 400 * BLOCK
     cache = KVCache(asked, layout=shape)
-    held = [*cache.storage.keys, *cache.storage.values, *cache.storage.cold_keys, *cache.storage.cold_values]
+    held = [*cache.storage.keys, *cache.storage.values]
+    for records in cache.storage.records:
+        held += [*records.keys, *records.values]
     owned = sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
     assert owned == full * page + quantized * record == cache.get_stats()["capacity_bytes"]
     assert memory is None or owned <= memory * 2**20
@@ -80,7 +82,9 @@ def test_a_budget_too_small_is_refused_with_what_is_needed(fields: dict[str, flo
 
 
 def test_pages_that_would_grow_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"quantization_bits=8: a page takes \d+ bytes then"):
+    with pytest.raises(
+        ConfigError, match=r"quantization_bits=8: a page takes \d+ bytes in 8 bits, and \d+ before"
+    ):
         KVCache(config(), layout=layout(dtype="bfloat16", head_dim=1, value_head_dim=1))
 
 

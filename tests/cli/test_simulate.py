@@ -192,10 +192,9 @@ def test_sizes_that_are_none_are_refused(size: str) -> None:
 
 
 def test_policies_that_are_none_are_refused() -> None:
-    for policy in ("fifo", "paged"):
-        result = simulate(SYNTHETIC, "--policy", policy)
-        assert result.exit_code == 2
-        assert policy in result.output
+    result = simulate(SYNTHETIC, "--policy", "fifo")
+    assert result.exit_code == 2
+    assert "fifo" in result.output
 
 
 def test_a_trace_that_is_replayed_takes_no_more_requests() -> None:

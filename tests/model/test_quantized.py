@@ -22,12 +22,18 @@ from kvhybrid.model.routes import Route
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from kvhybrid.cache.quantized import QuantizedPages
     from kvhybrid.model.transformers_cache import PagedSession
 
 BLOCK = 16
 
 
-def attached(route: Route = Route.PAGED, pages: int = 32, bits: int = 8, **fields: object) -> Attachment:
+def attached(
+    route: Route = Route.PAGED, pages: int = 32, bits: int = 8, *, ladder: bool = False, **fields: object
+) -> Attachment:
+    if ladder:
+        fields = {"cache_strategy": "paged", **fields}
+        bits = 4
     model = make_model("llama")
     config = KVCacheConfig(
         max_tokens=pages * BLOCK, block_size=BLOCK, use_quantization=True, quantization_bits=bits, **fields
@@ -35,9 +41,17 @@ def attached(route: Route = Route.PAGED, pages: int = 32, bits: int = 8, **field
     return Attachment(model, KVCache.for_model(model, config), route, "test").install()
 
 
-@pytest.fixture(params=list(Route))
+WAYS = [
+    pytest.param((route, ladder), id=f"{route}, {'ladder' if ladder else '8 bits'}")
+    for route in Route
+    for ladder in (False, True)
+]
+
+
+@pytest.fixture(params=WAYS)
 def attachment(request: pytest.FixtureRequest) -> Iterator[Attachment]:
-    with attached(request.param) as attachment:
+    route, ladder = request.param
+    with attached(route, ladder=ladder) as attachment:
         yield attachment
     gc.collect()
     pool = attachment.cache.pool
@@ -77,11 +91,24 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+def through(records: QuantizedPages, side: str, pages: torch.Tensor) -> torch.Tensor:
+    """What ``pages`` read as once the codec of that class has written them."""
+    codec, kept = records.codec, (records.keys if side == "k" else records.values)[0]
+    assert kept is not None
+    record = torch.empty_like(kept[: len(pages)])
+    write = codec.quantize_keys if side == "k" else codec.quantize_values
+    assert write(pages.contiguous(), None, record, None).all()
+    room = torch.empty(pages.shape, dtype=torch.float32)
+    (codec.dequantize_keys if side == "k" else codec.dequantize_values)(record, None, room)
+    return room
+
+
+@pytest.mark.parametrize("bits", [8, 4, "ladder"])
 @pytest.mark.parametrize("route", list(Route))
-def test_old_pages_are_read_as_their_records_say_and_new_ones_exactly(route: Route, bits: int) -> None:
+def test_old_pages_are_read_as_their_records_say_and_new_ones_exactly(route: Route, bits: int | str) -> None:
     ids = prompt(300)
-    with attached(route, bits=bits) as attachment, torch.no_grad():
+    fields = {"ladder": True} if bits == "ladder" else {"bits": bits}
+    with attached(route, **fields) as attachment, torch.no_grad():  # type: ignore[arg-type]
         storage, session = attachment.cache.storage, attachment.cache.session("a")
         own = DynamicCache()
         attachment.model(ids, past_key_values=own)
@@ -89,32 +116,29 @@ def test_old_pages_are_read_as_their_records_say_and_new_ones_exactly(route: Rou
         pages = table(session)
         assert sum(page >= storage.num_full for page in pages) == len(pages) - storage.num_full
         assert pages[-1] < storage.num_full
-        codec = storage.codec
-        assert codec is not None
+        if bits == "ladder":
+            assert all(any(page in records for page in pages) for records in storage.records)
         for layer in range(3):
             view = session.layers[layer]
             for side, found in (("k", view.keys), ("v", view.values)):
                 full = (storage.keys if side == "k" else storage.values)[layer]
-                cold = (storage.cold_keys if side == "k" else storage.cold_values)[layer]
                 originals = (own.layers[layer].keys if side == "k" else own.layers[layer].values)[0]
-                read = codec.dequantize_keys if side == "k" else codec.dequantize_values
-                write = codec.quantize_keys if side == "k" else codec.quantize_values
                 for block, page in enumerate(pages):
                     span = slice(block * BLOCK, min((block + 1) * BLOCK, 300))
                     room = torch.empty_like(full[:1])
-                    if page < storage.num_full:
+                    records = next((records for records in storage.records if page in records), None)
+                    if records is None:
                         room.copy_(full[page])
                     else:
-                        assert cold is not None
-                        read(cold, as_ids([page - storage.num_full]), room)
+                        records.dequantize(layer, side, as_ids([page - records.first]), room, as_ids([0]))
                     here = found[0, :, span]
                     assert torch.equal(here, room[0, :, : span.stop - span.start])
-                    if layer == 0 and page >= storage.num_full:
-                        # The first layer sees no other page: its record is its original's, made once.
-                        record = torch.empty_like(cold[:1])
-                        assert write(originals[None, :, span].contiguous(), None, record, None).all()
-                        read(record, None, room)
-                        torch.testing.assert_close(here, room[0], atol=1e-5, rtol=1e-5)
+                    if layer == 0 and records is not None:
+                        # The first layer sees no other page: its record is its original's, made once a step.
+                        expected = originals[None, :, span]
+                        for step in storage.records[: storage.records.index(records) + 1]:
+                            expected = through(step, side, expected)
+                        torch.testing.assert_close(here, expected[0], atol=1e-5, rtol=1e-5)
         close(*feed_and_told(attachment, session, prompt(9, seed=1)))
 
 
@@ -134,11 +158,18 @@ def test_a_page_is_quantized_once(attachment: Attachment, monkeypatch: pytest.Mo
     feed(attachment, session, prompt(300))
     for turn in range(4):
         feed(attachment, session, prompt(20, seed=turn))
-    assert all(source < storage.num_full <= target for source, target in moved)
+    places = [int(np.searchsorted(storage.firsts, page, side="right")) for page in range(storage.num_pages)]
+    assert all(places[target] == places[source] + 1 for source, target in moved)
     cold = [page for page in table(session) if page >= storage.num_full]
-    # Nothing was evicted, so each record that there ever was is still a block of the text.
-    assert sorted(target for _, target in moved) == sorted(cold)
-    assert attachment.cache.get_stats()["demoted_pages"] == len(cold)
+    # Nothing was evicted: each record of the last class is a block of the text, and each step was taken once.
+    last = storage.firsts[-1]
+    assert sorted(target for _, target in moved if target >= last) == sorted(
+        page for page in cold if page >= last
+    )
+    assert len(moved) == sum(places[page] for page in cold)
+    stats = attachment.cache.get_stats()
+    assert stats["demoted_pages"] == len(moved)
+    assert stats["demoted_to_int4_pages"] == sum(source >= storage.num_full for source, _ in moved)
 
 
 def test_generated_text_is_what_the_bare_model_says(attachment: Attachment) -> None:
@@ -227,8 +258,9 @@ def test_a_prompt_that_no_budget_holds_is_refused_and_nothing_is_lost(attachment
     with pytest.raises(CapacityError, match=f"of {attachment.cache.storage.num_full}"), torch.no_grad():
         attachment.model(prompt(pool.num_pages * BLOCK + 1), past_key_values=session)
     pool.check()
-    found = attachment.model.generate(prompt(40), max_new_tokens=4, do_sample=False, past_key_values=session)
-    expected = attachment.model.generate(prompt(40), max_new_tokens=4, do_sample=False, use_cache=False)
+    ids = prompt(40, seed=1)  # another text: what was computed of that one is kept, in a few bits
+    found = attachment.model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=session)
+    expected = attachment.model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(found, expected)
 
 
@@ -239,7 +271,7 @@ def test_a_codec_that_fails_costs_the_step_and_nothing_else(
     feed(attachment, session, prompt(16 * storage.num_full))
     before = [(layer.keys, layer.values) for layer in session.layers]
 
-    def fail(pairs: object) -> list[int]:
+    def fail(pairs: object) -> list[bool]:
         raise MemoryError("no room for the codec")
 
     with monkeypatch.context() as patch:
@@ -259,11 +291,11 @@ def test_pages_that_cannot_be_quantized_stay_as_they_are(
     session, storage = attachment.cache.session("a"), attachment.cache.storage
     quantize, refused = storage.quantize, []
 
-    def refuse(pairs: list[tuple[int, int]]) -> list[int]:
+    def refuse(pairs: list[tuple[int, int]]) -> list[bool]:
         found = quantize(pairs)
         if not refused:  # the first page ever, as if it held what float16 does not
             refused.append(pairs[0])
-            found.append(pairs[0][1])
+            found[0] = False
         return found
 
     monkeypatch.setattr(storage, "quantize", refuse)

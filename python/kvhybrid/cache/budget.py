@@ -36,15 +36,15 @@ def make_storage(
     Raises ``ConfigError`` for a budget that holds no page, or whose pages are more than a device has, and
     ``OutOfMemoryError`` when a device has them and does not give them.
     """
-    num_full, num_quantized, state_capacity = divide(config, layout)
+    num_full, quantized, state_capacity = divide(config, layout)
+    ladder = tuple(zip(quantized, config.ladder, strict=True))
     what = "pages and states" if state_capacity else "pages"
     budget = f"max_tokens={config.max_tokens}, max_memory_mb={config.max_memory_mb}: the {what} take"
     needed: Counter[torch.device] = Counter()
     for index in layout.kept_layers:
         where = devices[index] if devices is not None else device
         needed[where] += num_full * layout.block_size * layout.layer_bytes_per_token(index)
-        if config.stored_bits is not None:
-            needed[where] += num_quantized * layer_record_bytes(layout, config.stored_bits, index)
+        needed[where] += sum(count * layer_record_bytes(layout, bits, index) for count, bits in ladder)
     if len(needed) == 1:  # of several, nobody knows yet which holds the states
         needed[device if devices is None else next(iter(needed))] += state_capacity
     for where, size in needed.items():
@@ -60,8 +60,7 @@ def make_storage(
             devices=devices,
             pin_memory=pin_memory,
             non_blocking=non_blocking,
-            num_quantized=num_quantized,
-            quantized_bits=config.stored_bits or 8,
+            quantized=ladder,
         )
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from kvhybrid.cache.quantized import demote, undone
+from kvhybrid.cache.demotion import demote, undone
 
 if TYPE_CHECKING:
     from kvhybrid._core import PagePool
@@ -36,7 +36,7 @@ class Collector:
 
     def __init__(self, pool: PagePool, threshold: float, storage: PageStorage | None = None) -> None:
         self._pool = pool
-        self._storage = storage if storage is not None and storage.codec is not None else None
+        self._storage = storage if storage is not None and storage.records else None
         num_full = pool.num_pages - pool.num_quantized
         self._high_full = max(math.ceil(num_full * threshold), 1)
         self._low_full = min(math.floor(num_full * threshold * LOW_WATERMARK), self._high_full - 1)

@@ -20,6 +20,7 @@ from kvhybrid.cache.compress.holders import Holders
 from kvhybrid.cache.explained import Explanation, explain, ruling
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
+from kvhybrid.cache.stored import stored
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
 from kvhybrid.layout import KVLayout
@@ -70,6 +71,7 @@ class KVCache:
             self.storage.num_full,
             layout.block_size,
             num_quantized=self.storage.num_quantized,
+            num_lowest=self.storage.records[1].num_pages if len(self.storage.records) > 1 else 0,
             policy=self.config.cache_strategy.value,
         )
         self._collector: Collector | None = None
@@ -223,8 +225,9 @@ class KVCache:
         """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
 
         ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the bytes
-        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say; ``full_*`` and ``quantized_*`` tell
-        pages in use apart by what they are stored in. ``capacity_bytes`` never exceeds
+        in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say; ``full_*``, ``quantized_*``,
+        ``int8_*`` and ``int4_*`` tell pages in use apart by what they are stored in; ``demoted_pages`` went a
+        step down, ``demoted_to_int8_pages`` and ``demoted_to_int4_pages``. ``capacity_bytes`` is within
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
         ``gc_failures`` counts its runs in which something raised.
@@ -236,24 +239,15 @@ class KVCache:
         ``restored_states`` and ``evicted_states``.
         """
         counters = self.pool.statistics()
-        used = counters["num_pages"] - counters["free_pages"]
         asked = counters["queried_tokens"]
         counters["cached_tokens"] -= self._given_up
-        storage, size = self.storage, self.layout.block_size
-        quantized = counters["num_quantized_pages"] - counters["free_quantized_pages"]
-        full_bytes = (used - quantized) * self.layout.bytes_per_page
-        quantized_bytes = quantized * storage.record_bytes
+        held = stored(counters, self.storage)
         return {
             "hit_rate": counters["cached_tokens"] / asked if asked else 0.0,
-            "memory_usage": (full_bytes + quantized_bytes) / storage.nbytes,
-            "used_bytes": full_bytes + quantized_bytes,
-            "capacity_bytes": storage.nbytes,
-            "capacity_tokens": counters["num_pages"] * size,
-            "full_tokens": (used - quantized) * size,
-            "full_bytes": full_bytes,
-            "quantized_tokens": quantized * size,
-            "quantized_bytes": quantized_bytes,
-            "quantized_bits": storage.codec.bits if storage.codec else 0,
+            "memory_usage": held["used_bytes"] / self.storage.nbytes,
+            "capacity_bytes": self.storage.nbytes,
+            "capacity_tokens": counters["num_pages"] * self.layout.block_size,
+            **held,
             "buffer_bytes": self.storage.buffers.num_bytes,
             "sessions": len(self._sessions) + len(self._tensors),
             "gc_runs": self._collector.runs if self._collector else 0,

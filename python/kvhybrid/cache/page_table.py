@@ -15,6 +15,7 @@ from kvhybrid.cache.quantized import Classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from collections.abc import Sequence as Many
 
     from kvhybrid._core import Sequence
 
@@ -36,8 +37,6 @@ class Piece(NamedTuple):
 # copying this many bytes: short contexts are gathered sooner, long ones are read in place.
 MAX_RUNS = 8
 RUN_BYTES = 2**18
-# Pages dequantized at once on their way to somewhere else: no more than caches hold.
-CHUNK = 32
 
 
 class PageTable:
@@ -61,23 +60,23 @@ class PageTable:
         stop: int,
         size: int,
         page_bytes: int | None,
-        num_full: int | None = None,
+        firsts: Many[int] = (),
         most: int | None = None,
     ) -> list[Piece]:
         """Return the tokens ``[start, stop)`` in pieces, in order; found once a step, not once a layer.
 
         ``size``: tokens a page; ``page_bytes``: bytes of one layer's keys in it, None to gather whatever
-        the pages' order; ``num_full``: pages from this id on are quantized; ``most``: pages of a piece that
-        has such pages.
+        the pages' order; ``firsts``: the first page of each class of quantized ones; ``most``: pages of a
+        piece that has such pages.
         """
         key = start, stop, page_bytes, most
         known = self._pieces.get(key)
         if known is None:
-            known = self._pieces[key] = list(self._find(start, stop, size, page_bytes, num_full, most))
+            known = self._pieces[key] = list(self._find(start, stop, size, page_bytes, firsts, most))
         return known
 
     def _find(
-        self, start: int, stop: int, size: int, page_bytes: int | None, num_full: int | None, most: int | None
+        self, start: int, stop: int, size: int, page_bytes: int | None, firsts: Many[int], most: int | None
     ) -> Iterator[Piece]:
         if start >= stop:
             return
@@ -88,19 +87,19 @@ class PageTable:
         if start % size:
             yield Piece(int(self.ids[low - 1]), 0, start % size, size)
         if low < high:
-            yield from self._whole(self.ids[low:high], page_bytes, num_full, most)
+            yield from self._whole(self.ids[low:high], page_bytes, firsts, most)
         if stop % size:
             yield Piece(int(self.ids[high]), 0, 0, stop % size)
 
     def _whole(
-        self, ids: torch.Tensor, page_bytes: int | None, num_full: int | None, most: int | None
+        self, ids: torch.Tensor, page_bytes: int | None, firsts: Many[int], most: int | None
     ) -> Iterator[Piece]:
-        if num_full is not None and int(ids.max()) >= num_full:
+        if firsts and int(ids.max()) >= firsts[0]:
             if most is not None and len(ids) > most:
                 for part in ids.split(most):
-                    yield from self._whole(part, page_bytes, num_full, most)
+                    yield from self._whole(part, page_bytes, firsts, most)
                 return
-            yield Piece(0, len(ids), mixed=Classes.of(ids, num_full))
+            yield Piece(0, len(ids), mixed=Classes.of(ids, firsts))
             return
         breaks = ((ids[1:] - ids[:-1]) != 1).nonzero().flatten().tolist()
         if page_bytes is None or len(breaks) >= min(MAX_RUNS, 1 + len(ids) * page_bytes // RUN_BYTES):

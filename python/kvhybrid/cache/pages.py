@@ -6,6 +6,7 @@ Knows shapes and bytes. Refuses to know which tokens a page holds or who may rea
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from contextlib import nullcontext
@@ -14,15 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvhybrid.cache.memory import Buffers
-from kvhybrid.cache.page_table import CHUNK, PageTable, Piece
-from kvhybrid.cache.quantized import SIDES, Classes, QuantizedPages, as_ids, record_bytes
+from kvhybrid.cache.page_table import PageTable, Piece
+from kvhybrid.cache.quantized import CHUNK, SIDES, Classes, QuantizedPages, as_ids
 from kvhybrid.errors import LayoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from contextlib import AbstractContextManager
 
-    from kvhybrid.cache.codec import Codec
     from kvhybrid.cache.quantized import Side
     from kvhybrid.cache.states import PageStates
     from kvhybrid.layout import KVLayout
@@ -37,9 +37,9 @@ class PageStorage:
     with the value width, so that one page and head is one contiguous run and a run of pages is a view.
     A layer that keeps no K and V has empty tensors. ``devices``: where each layer's pages lie, when not
     all are on ``device``.
-    Of ``num_pages`` the last ``num_quantized`` are quantized: ``cold_keys[layer]``, ``cold_values[layer]``
-    hold their records, from page ``num_full`` on, in the format of ``codec``. Only pages of full precision
-    are written token by token; every reader takes both.
+    Of ``num_pages`` the last ``num_quantized`` are quantized, in one class or two: ``records`` has them, from
+    page ``num_full`` on, in the order of their ids. Only pages of full precision are written token by token;
+    every reader takes all.
     On a CPU the tensors are mapped but not touched: memory is paid for as pages are first written.
     ``buffers`` counts what readers hold beside the pages. ``settled`` is called by whoever committed pages
     or let some go: it is a collector's, where there is one. ``make_room`` is called by whoever finds no page:
@@ -55,13 +55,12 @@ class PageStorage:
         devices: Sequence[torch.device] | None = None,
         pin_memory: bool = False,
         non_blocking: bool = False,
-        num_quantized: int = 0,
-        quantized_bits: int = 8,
+        quantized: Sequence[tuple[int, int]] = (),
     ) -> None:
-        """``num_pages``: pages of full precision, ``num_quantized`` in ``quantized_bits`` come on top."""
+        """``num_pages``: pages of full precision; ``quantized`` come on top: how many, in how many bits."""
         self.layout = layout
-        self.num_full, self.num_quantized = num_pages, num_quantized
-        self.num_pages = num_pages + num_quantized
+        self.num_full, self.num_quantized = num_pages, sum(count for count, _ in quantized)
+        self.num_pages = num_pages + self.num_quantized
         self.buffers = Buffers()
         self.settled: Callable[[], None] = _ignore
         self.make_room: Callable[[], bool] = _nobody
@@ -83,14 +82,11 @@ class PageStorage:
             )
             self.keys.append(self._empty(num_pages, heads, self.block_size, width, device=place))
             self.values.append(self._empty(num_pages, heads, self.block_size, value_width, device=place))
-        self._quantized: QuantizedPages | None = None
-        if num_quantized:
-            self._quantized = QuantizedPages(layout, num_quantized, quantized_bits, places, self._empty)
-        nothing: list[torch.Tensor | None] = [None] * layout.num_layers
-        self.codec: Codec | None = self._quantized.codec if self._quantized else None
-        self.cold_keys = self._quantized.keys if self._quantized else nothing
-        self.cold_values = self._quantized.values if self._quantized else nothing
-        self.still: AbstractContextManager[object] = threading.RLock() if self._quantized else nullcontext()
+        self.records: list[QuantizedPages] = []
+        for first, (count, bits) in zip(self._firsts(quantized), quantized, strict=True):
+            self.records.append(QuantizedPages(layout, first, count, bits, places, self._empty))
+        self.firsts = tuple(records.first for records in self.records)
+        self.still: AbstractContextManager[object] = threading.RLock() if self.records else nullcontext()
         """Held while pages move: by whoever plans until what it demotes is written, and by whoever reads
         pages outside of a plan of its own, from asking for the block table on."""
         # What a single token looks like: most writes are one, and their check must cost next to nothing.
@@ -101,6 +97,9 @@ class PageStorage:
             )
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
+
+    def _firsts(self, quantized: Sequence[tuple[int, int]]) -> list[int]:
+        return list(itertools.accumulate((count for count, _ in quantized), initial=self.num_full))[:-1]
 
     def _empty(self, *shape: int, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         dtype = dtype if dtype is not None else self.dtype
@@ -121,12 +120,8 @@ class PageStorage:
     @property
     def nbytes(self) -> int:
         """Bytes that the pages own once all of them were touched."""
-        return self.num_full * self.layout.bytes_per_page + self.num_quantized * self.record_bytes
-
-    @property
-    def record_bytes(self) -> int:
-        """Bytes of one quantized page over all layers; 0 where there are none."""
-        return record_bytes(self.layout, self.codec.bits) if self.codec else 0
+        own = sum(records.num_pages * records.record_bytes for records in self.records)
+        return self.num_full * self.layout.bytes_per_page + own
 
     def most_new(self, rows: int) -> int | None:
         """Return how many tokens of each of ``rows`` one step may compute; None where nothing bounds it.
@@ -220,22 +215,34 @@ class PageStorage:
                     if source < self.num_full:
                         pages[destination].copy_(pages[source])
                         continue
-                    assert self._quantized is not None
-                    record = as_ids([source - self.num_full])
-                    self._quantized.dequantize(layer, side, record, pages, as_ids([destination]))
+                    records = self._class_of(source)
+                    record = as_ids([source - records.first])
+                    records.dequantize(layer, side, record, pages, as_ids([destination]))
 
-    def quantize(self, pairs: Sequence[tuple[int, int]]) -> list[int]:
-        """Quantize whole pages, ``(source, destination)``, in every layer; return the destinations refused.
+    def _class_of(self, page: int) -> QuantizedPages:
+        return next(records for records in self.records if page in records)
 
-        Those hold nothing afterwards. See ``kvhybrid.cache.quantized.demote``.
+    def quantize(self, pairs: Sequence[tuple[int, int]]) -> list[bool]:
+        """Quantize whole pages, ``(source, destination)``, in every layer; return which the codec took.
+
+        Each destination is of the class below its source's, and no page is named twice. What was refused
+        holds nothing afterwards. See ``kvhybrid.cache.demotion``.
         """
-        assert self._quantized is not None, "pages are demoted where there are quantized ones"
         sources, targets = as_ids(pair[0] for pair in pairs), as_ids(pair[1] for pair in pairs)
-        records = targets - self.num_full
-        with torch.no_grad():
-            accepted = self._quantized.quantize(self.keys, self.values, sources, records)
-        refused: list[int] = targets[~accepted].tolist()
-        return refused
+        taken = torch.ones(len(pairs), dtype=torch.bool)
+        above = None
+        for below in self.records:
+            at = ((targets >= below.first) & (targets < below.first + below.num_pages)).nonzero().flatten()
+            ids, records = sources[at], targets[at] - below.first
+            if len(at):
+                with torch.no_grad():
+                    if above is None:
+                        taken[at] = below.quantize(self.keys, self.values, ids, records)
+                    else:
+                        taken[at] = below.lower(above, ids - above.first, records)
+            above = below
+        accepted: list[bool] = taken.tolist()
+        return accepted
 
     def pieces(
         self, table: PageTable, start: int, stop: int, *, always_gather: bool = False, most: int | None = None
@@ -245,7 +252,7 @@ class PageStorage:
         ``most``: pages of a piece that must be dequantized; ``always_gather``: see ``PageTable.pieces``.
         """
         page_bytes = None if always_gather else self.page_bytes
-        return table.pieces(start, stop, self.block_size, page_bytes, self.num_full, most)
+        return table.pieces(start, stop, self.block_size, page_bytes, self.firsts, most)
 
     def gather(
         self, layer: int, table: PageTable, start: int, stop: int, out: tuple[torch.Tensor, torch.Tensor]
@@ -275,22 +282,23 @@ class PageStorage:
         if piece.pages:
             return pages[piece.page : piece.page + piece.pages]
         if piece.page >= self.num_full:
-            pages = self._mixed(layer, side, Classes.of(as_ids([piece.page]), self.num_full))
+            pages = self._mixed(layer, side, Classes.of(as_ids([piece.page]), self.firsts))
             return pages[0, :, piece.first : piece.last]
         return pages[piece.page, :, piece.first : piece.last]
 
     def _mixed(self, layer: int, side: Side, found: Classes, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Return pages of both kinds, side by side, in full precision."""
+        """Return pages of any class, side by side, in full precision."""
         pages = self.keys[layer] if side == "k" else self.values[layer]
         if out is None:
-            out = pages.new_empty((len(found.full) + len(found.cold), *pages.shape[1:]))
+            count = len(found.full) + sum(len(ids) for _, ids in found.records)
+            out = pages.new_empty((count, *pages.shape[1:]))
         if len(found.full):
             full, at = (self.to_device(ids, pages.device) for ids in (found.full, found.full_at))
             out.index_copy_(0, at, pages.index_select(0, full))
-        if len(found.cold):
-            assert self._quantized is not None
-            with torch.no_grad():
-                self._quantized.dequantize(layer, side, found.cold, out, found.cold_at)
+        with torch.no_grad():
+            for records, (at, ids) in zip(self.records, found.records, strict=True):
+                if len(ids):
+                    records.dequantize(layer, side, ids, out, at)
         return out
 
 

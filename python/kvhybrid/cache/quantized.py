@@ -5,21 +5,19 @@ Knows tensors, ids and the codec. Which page is demoted when, and who reads it, 
 
 from __future__ import annotations
 
-from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, Self, TypeAlias
 
 import torch
 
 from kvhybrid.cache.codec import Codec
-from kvhybrid.errors import ClosedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from kvhybrid._core import Plan
-    from kvhybrid.cache.pages import PageStorage
     from kvhybrid.layout import KVLayout
 
+# Pages dequantized at once on their way to somewhere else: no more than caches hold.
+CHUNK: Final = 32
 Side: TypeAlias = Literal["k", "v"]
 SIDES: Final[tuple[Side, Side]] = ("k", "v")
 
@@ -42,31 +40,40 @@ class Classes(NamedTuple):
 
     full_at: torch.Tensor
     full: torch.Tensor
-    cold_at: torch.Tensor
-    cold: torch.Tensor
-    """Records, counted from the first quantized page on."""
+    records: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    """For each class of records where they stand, and which they are, counted from its first page on."""
 
     @classmethod
-    def of(cls, ids: torch.Tensor, num_full: int) -> Self:
-        """Tell the pages ``ids``, int64 on the CPU, apart."""
-        is_cold = ids >= num_full
-        full_at, cold_at = (~is_cold).nonzero().flatten(), is_cold.nonzero().flatten()
-        return cls(full_at, ids[full_at], cold_at, ids[cold_at] - num_full)
+    def of(cls, ids: torch.Tensor, firsts: Sequence[int]) -> Self:
+        """Tell the pages ``ids``, int64 on the CPU, apart. ``firsts``: where each class of records begins."""
+        if len(firsts) == 1:
+            classes = (ids >= firsts[0]).long()
+        else:
+            classes = torch.bucketize(ids, torch.tensor(firsts), right=True)
+        places = [(classes == index).nonzero().flatten() for index in range(len(firsts) + 1)]
+        records = tuple((at, ids[at] - first) for at, first in zip(places[1:], firsts, strict=True))
+        return cls(places[0], ids[places[0]], records)
 
 
 class QuantizedPages:
-    """Records of one storage's quantized pages, uint8 ``[pages, num_kv_heads, bytes]``, a pair a layer."""
+    """Records of one class of quantized pages, uint8 ``[pages, num_kv_heads, bytes]``, a pair a layer.
+
+    Their ids begin with ``first``.
+    """
 
     def __init__(
         self,
         layout: KVLayout,
+        first: int,
         num_pages: int,
         bits: int,
         places: Sequence[torch.device],
         empty: Callable[..., torch.Tensor],
     ) -> None:
         """``empty(*shape, dtype=, device=)`` makes a tensor that nothing has written yet."""
+        self.layout, self.first, self.num_pages, self.bits = layout, first, num_pages, bits
         self.codec = Codec(bits)
+        self.record_bytes = record_bytes(layout, bits)
         self.keys: list[torch.Tensor | None] = []
         self.values: list[torch.Tensor | None] = []
         for shape, place in zip(layout.layers, places, strict=True):
@@ -79,6 +86,9 @@ class QuantizedPages:
                     continue
                 record = size(width, layout.block_size)
                 kept.append(empty(num_pages, shape.num_kv_heads, record, dtype=torch.uint8, device=place))
+
+    def __contains__(self, page: int) -> bool:
+        return 0 <= page - self.first < self.num_pages
 
     def quantize(
         self,
@@ -107,35 +117,25 @@ class QuantizedPages:
         write = self.codec.dequantize_keys if side == "k" else self.codec.dequantize_values
         write(found, records, out, out_ids)
 
+    def lower(self, above: QuantizedPages, ids: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        """Write the records ``ids`` of another class to ``records``, by way of float32. As ``quantize``."""
+        parts = zip(ids.split(CHUNK), records.split(CHUNK), strict=True)
+        return torch.cat([self._lower(above, part, own) for part, own in parts])
 
-def demote(storage: PageStorage, plan: Plan) -> bool:
-    """Quantize what a filled plan demotes, under ``storage.still``, before the plan writes anything.
-
-    False: the codec refused a page, which keeps full precision from now on, and the plan was abandoned; there
-    may be room for it all the same.
-    """
-    pairs = plan.demotions
-    if not pairs:
-        return True
-    refused = storage.quantize(pairs)
-    if storage.states is not None:
-        storage.states.move(pair for pair in pairs if pair[1] not in refused)
-    if refused:
-        plan.refuse(refused)
-        return False
-    plan.moved()
-    return True
-
-
-@contextmanager
-def undone(plan: Plan) -> Iterator[Plan]:
-    """Abandon a plan that is not finished when an exception comes: nobody else could plan until it is."""
-    try:
-        yield plan
-    except BaseException:
-        with suppress(ClosedError):
-            plan.abandon()
-        raise
+    def _lower(self, above: QuantizedPages, ids: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+        accepted = torch.ones(len(ids), dtype=torch.bool)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            shape = self.layout.layers[layer]
+            if keys is None or values is None or shape is None:
+                continue
+            room = (len(ids), shape.num_kv_heads, self.layout.block_size)
+            pages = torch.empty((*room, shape.head_dim), device=keys.device, dtype=torch.float32)
+            above.dequantize(layer, "k", ids, pages, torch.arange(len(ids)))
+            accepted &= self.codec.quantize_keys(pages, None, keys, records)
+            pages = torch.empty((*room, shape.value_head_dim), device=values.device, dtype=torch.float32)
+            above.dequantize(layer, "v", ids, pages, torch.arange(len(ids)))
+            accepted &= self.codec.quantize_values(pages, None, values, records)
+        return accepted
 
 
 def as_ids(pages: Iterable[int]) -> torch.Tensor:

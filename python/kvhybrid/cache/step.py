@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kvhybrid._core import StepRows
+from kvhybrid.cache.demotion import demote, undone
 from kvhybrid.cache.pages import PageTable
-from kvhybrid.cache.quantized import demote, undone
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from kvhybrid._core import Batch
+from kvhybrid.cache.demotion import demote, undone
 from kvhybrid.cache.page_table import PageTable
-from kvhybrid.cache.quantized import demote, undone
 from kvhybrid.cache.step import plan_with_room
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class TensorSession:
     def advance(self, layer: int, end: int) -> None:
         """Make what was stored of a layer, up to ``end``, true."""
         self._filled[layer] = max(self._filled[layer], end)
-        if self._storage.codec is None:
+        if not self._storage.records:
             return
         frozen = min(self._filled[layer] for layer in self._storage.layout.kept_layers)
         if frozen > self._frozen:

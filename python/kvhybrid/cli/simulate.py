@@ -20,7 +20,7 @@ from rich.table import Table
 from kvhybrid._core import Replay
 from kvhybrid.cli.plot import plot_curves
 from kvhybrid.cli.traces import Workload, read_trace
-from kvhybrid.errors import ConfigError, UnsupportedError
+from kvhybrid.errors import ConfigError
 from kvhybrid.presets import CacheStrategy
 
 if TYPE_CHECKING:
@@ -63,16 +63,14 @@ def parse_size(text: str) -> float | int:
 
 
 def parse_policy(text: str) -> str:
-    """Return the policy's name.
+    """Return the policy's name. A replay has no pages to quantize: in it ``paged`` is ``lru``.
 
-    Raises ``ConfigError`` for what is none, and ``UnsupportedError`` for what this version lacks.
+    Raises ``ConfigError`` for what is none.
     """
     names = [strategy.value for strategy in CacheStrategy]
     name = text.strip().lower()
     if name not in names:
         raise ConfigError(f"policy={text!r}: must be one of {', '.join(names)}")
-    if name == CacheStrategy.PAGED:
-        raise UnsupportedError(f"policy={name!r}: this version does not have it")
     return name
 
 

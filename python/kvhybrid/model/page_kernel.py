@@ -55,10 +55,13 @@ class NativeAttention:
 
     def _cold(self, layer: int) -> list[tuple[tuple[int, int, int], int]]:
         """Where a layer's quantized pages lie, how many there are, and their bits."""
-        keys, values = self.storage.cold_keys[layer], self.storage.cold_values[layer]
-        if keys is None or values is None or self.storage.codec is None:
-            return []
-        return [((keys.data_ptr(), values.data_ptr(), keys.shape[0]), self.storage.codec.bits)]
+        found = []
+        for records in self.storage.records:
+            keys, values = records.keys[layer], records.values[layer]
+            assert keys is not None, "attention is asked where a layer keeps K and V"
+            assert values is not None, "and both of them"
+            found.append(((keys.data_ptr(), values.data_ptr(), records.num_pages), records.bits))
+        return found
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernel reads."""

@@ -10,30 +10,47 @@ impl PageId {
     }
 }
 
-/// The two classes of pages: ids below `num_full` are of full precision, those behind are quantized.
+/// Classes of pages, and steps from one to the next: full precision, and up to two of records.
+pub(crate) const CLASSES: usize = 3;
+pub(crate) const STEPS: usize = CLASSES - 1;
+
+/// How many pages there are of each class. Ids tell them apart: those of full precision come first, then the
+/// quantized ones, the lowest class last. Pages step down one class at a time.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Classes {
-    pub num_full: u32,
-    pub num_quantized: u32,
-}
+pub(crate) struct Classes(pub [u32; CLASSES]);
 
 impl Classes {
     pub(crate) fn total(self) -> u32 {
-        self.num_full + self.num_quantized
+        self.0.iter().sum()
+    }
+
+    pub(crate) fn of(self, page: PageId) -> usize {
+        usize::from(page.0 >= self.0[0]) + usize::from(page.0 >= self.0[0] + self.0[1])
     }
 
     pub(crate) fn is_quantized(self, page: PageId) -> bool {
-        page.0 >= self.num_full
+        page.0 >= self.0[0]
     }
 
-    /// How many of these pages are quantized.
-    pub(crate) fn count(self, pages: &[PageId]) -> usize {
-        if self.num_quantized == 0 { 0 } else { pages.iter().filter(|page| self.is_quantized(**page)).count() }
+    /// True when pages of this class can step down.
+    pub(crate) fn has_below(self, class: usize) -> bool {
+        class + 1 < CLASSES && self.0[class + 1] > 0
+    }
+
+    /// How many of these pages are in each of the quantized classes.
+    pub(crate) fn count(self, pages: &[PageId]) -> [u32; STEPS] {
+        let mut counts = [0; STEPS];
+        if self.has_below(0) {
+            for class in pages.iter().filter_map(|page| self.of(*page).checked_sub(1)) {
+                counts[class] += 1;
+            }
+        }
+        counts
     }
 }
 
 /// A run of tokens in the tree. Ids are slots of a slab and are used again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct NodeId(pub u32);
 
 impl NodeId {

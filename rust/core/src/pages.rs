@@ -3,10 +3,10 @@
 //! A private page with one holder is mutable; with more it is shared and must be copied before a
 //! write. A page in the tree is sealed: immutable, and pinned by nodes rather than counted here.
 //!
-//! Pages are of two classes, told by their id: the first ones are of full precision and take what is
+//! Pages are of several classes, told by their id: the first ones are of full precision and take what is
 //! computed, the others are quantized and hold a whole block that was sealed before. A page keeps its class.
 
-use crate::ids::{Classes, PageId};
+use crate::ids::{CLASSES, Classes, PageId};
 
 /// Holders of a private page; 0 is free, `IN_TREE` belongs to a node, `SET_ASIDE` to a plan alone.
 type Holders = u32;
@@ -18,36 +18,29 @@ const SET_ASIDE: Holders = u32::MAX - 1;
 pub(crate) struct Pages {
     holders: Vec<Holders>,
     classes: Classes,
-    /// Stacks. Runs are pushed backwards, so that they are taken in ascending order: attention
+    /// Stacks, one a class. Runs are pushed backwards, so that they are taken in ascending order: attention
     /// reads neighbouring pages as one view.
-    free: Vec<PageId>,
-    free_quantized: Vec<PageId>,
+    free: [Vec<PageId>; CLASSES],
     shared: usize,
 }
 
 impl Pages {
     pub(crate) fn new(classes: Classes) -> Self {
-        let (full, total) = (classes.num_full, classes.total());
-        Self {
-            holders: vec![FREE; total as usize],
-            classes,
-            free: (0..full).rev().map(PageId).collect(),
-            free_quantized: (full..total).rev().map(PageId).collect(),
-            shared: 0,
-        }
+        let mut first = 0;
+        let free = classes.0.map(|count| {
+            first += count;
+            (first - count..first).rev().map(PageId).collect()
+        });
+        Self { holders: vec![FREE; classes.total() as usize], classes, free, shared: 0 }
     }
 
     pub(crate) fn classes(&self) -> Classes {
         self.classes
     }
 
-    /// Free pages of full precision.
-    pub(crate) fn num_free(&self) -> usize {
-        self.free.len()
-    }
-
-    pub(crate) fn num_free_quantized(&self) -> usize {
-        self.free_quantized.len()
+    /// Free pages of a class.
+    pub(crate) fn num_free(&self, class: usize) -> usize {
+        self.free[class].len()
     }
 
     /// Private pages with more than one holder.
@@ -57,21 +50,21 @@ impl Pages {
 
     pub(crate) fn bytes(&self) -> usize {
         self.holders.capacity() * size_of::<Holders>()
-            + (self.free.capacity() + self.free_quantized.capacity()) * size_of::<PageId>()
+            + self.free.iter().map(Vec::capacity).sum::<usize>() * size_of::<PageId>()
     }
 
     /// Append `count` free pages of full precision to `out`, private from now on. The caller asked `num_free` first.
     pub(crate) fn take(&mut self, count: usize, out: &mut Vec<PageId>) {
-        let rest = self.free.len() - count;
-        for page in self.free.drain(rest..).rev() {
+        let free = &mut self.free[0];
+        for page in free.drain(free.len() - count..).rev() {
             self.holders[page.index()] = 1;
             out.push(page);
         }
     }
 
-    /// Take a free quantized page, private from now on.
-    pub(crate) fn take_quantized(&mut self) -> Option<PageId> {
-        let page = self.free_quantized.pop()?;
+    /// Take a free page of a class, private from now on.
+    pub(crate) fn take_one(&mut self, class: usize) -> Option<PageId> {
+        let page = self.free[class].pop()?;
         self.holders[page.index()] = 1;
         Some(page)
     }
@@ -83,7 +76,7 @@ impl Pages {
     }
 
     fn free_list(&mut self, page: PageId) -> &mut Vec<PageId> {
-        if self.classes.is_quantized(page) { &mut self.free_quantized } else { &mut self.free }
+        &mut self.free[self.classes.of(page)]
     }
 
     /// Have `to` held as `from` is, and make `from` private to one holder.
@@ -175,8 +168,8 @@ impl Pages {
         (holders != IN_TREE).then_some(holders)
     }
 
-    /// Free pages, those of full precision and the quantized ones.
-    pub(crate) fn free_pages(&self) -> [&[PageId]; 2] {
-        [&self.free, &self.free_quantized]
+    /// Free pages of each class.
+    pub(crate) fn free_pages(&self) -> &[Vec<PageId>; CLASSES] {
+        &self.free
     }
 }

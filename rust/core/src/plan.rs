@@ -15,10 +15,22 @@ pub(crate) struct Row {
     pub pages: u32,
 }
 
-/// A page that gives its place to a quantized copy of it, and is written by the step.
+/// Where the target of a demotion comes from.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// It was free.
+    Free,
+    /// A victim held it.
+    Victim,
+    /// It is the source of an earlier demotion of the plan, which makes room.
+    Source,
+}
+
+/// A page that gives its place to a copy of it in the next class down.
 pub(crate) struct Demotion {
     pub source: PageId,
     pub target: PageId,
+    pub origin: Origin,
     /// Which block of its text the page holds.
     pub block: u32,
     /// Where it stands in the tree, as of when it was chosen; None for a page of a sequence's own.
@@ -32,12 +44,14 @@ pub(crate) struct Demotion {
 pub struct Plan {
     pub(crate) rows: Vec<Row>,
     /// Reserved pages in row order, of full precision all of them: first `num_taken` that were free, then
-    /// those of victims, then the sources of demotions.
+    /// those of victims, then the sources of demotions from full precision.
     pub(crate) reserved: Vec<PageId>,
     pub(crate) num_taken: usize,
     pub(crate) victims: Vec<Victim>,
-    /// The victims' pages, of both classes, in the order in which they were condemned.
+    /// The victims' pages, of all classes, in the order in which they were condemned.
     pub(crate) victim_pages: Vec<PageId>,
+    /// Those of them that the codec had refused: another block may come into one.
+    pub(crate) refused: Vec<PageId>,
     /// Keys of the blocks in them, and what the policy knew of each: a page may hold another block before the plan
     /// is filled.
     pub(crate) keys: Vec<u64>,
@@ -45,10 +59,11 @@ pub struct Plan {
     pub(crate) cause: Option<Cause>,
     /// When they were chosen; 0 is not yet.
     pub(crate) left: u64,
-    /// In the order in which they were chosen; the first `num_targets_taken` targets were free, the others are
-    /// victims' pages.
+    /// In an order in which they can be written: those out of quantized pages first, for others go to where they
+    /// were. Undone in the opposite one.
     pub(crate) demotions: Vec<Demotion>,
-    pub(crate) num_targets_taken: usize,
+    /// How many of them are from full precision, the last ones.
+    pub(crate) num_given: usize,
     /// Written out: victims are gone.
     pub(crate) is_filled: bool,
     /// The targets of demotions were written.
@@ -87,8 +102,9 @@ impl Plan {
         &self.copies
     }
 
-    /// Pages to quantize before anything else is copied or written: source, then target. Followed by
-    /// `Pool::moved`; until then nobody else can plan.
+    /// Pages to quantize, in this order, before anything else is copied or written: source, then target, in the
+    /// next class down. A target may be an earlier one's source. Followed by `Pool::moved`; until then nobody else
+    /// can plan.
     pub fn demotions(&self) -> impl ExactSizeIterator<Item = (PageId, PageId)> + '_ {
         self.demotions.iter().map(|demotion| (demotion.source, demotion.target))
     }
@@ -106,10 +122,11 @@ impl Plan {
         self.victim_pages.clear();
         self.keys.clear();
         self.memories.clear();
+        self.refused.clear();
         self.cause = None;
         self.left = 0;
         self.demotions.clear();
-        self.num_targets_taken = 0;
+        self.num_given = 0;
         self.is_filled = false;
         self.is_moved = false;
         self.copies.clear();

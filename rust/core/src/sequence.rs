@@ -1,7 +1,7 @@
 //! Sequences: what a running text holds beyond the tree, and the slab they live in.
 
 use crate::error::{Error, Result, SequenceLabel};
-use crate::ids::{NodeId, PageId, SequenceId};
+use crate::ids::{NodeId, PageId, STEPS, SequenceId};
 use crate::policy::Turn;
 
 /// Capacity that a closed sequence's vectors may keep for the next one in its slot.
@@ -30,8 +30,8 @@ pub(crate) struct Sequence {
     /// Tokens from the beginning on that are written in every layer: pages of whole blocks of them may be
     /// quantized, though nobody else finds them.
     pub frozen: u32,
-    /// Private blocks from the beginning on that were quantized or refused.
-    pub cooled: u32,
+    /// Private blocks from the beginning on that have nothing to give to the class below: the codec refused one.
+    pub cooled: [u32; STEPS],
     /// The key of nothing in its namespace.
     pub root_key: u64,
     /// Tokens it was opened with.

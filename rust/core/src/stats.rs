@@ -11,6 +11,7 @@ pub(crate) struct Totals {
     pub duplicate_pages: u64,
     pub copied_pages: u64,
     pub demoted_pages: u64,
+    pub lowered_pages: u64,
     pub refused_pages: u64,
     pub plans: u64,
     pub abandoned_plans: u64,
@@ -40,10 +41,14 @@ statistics! {
     num_pages,
     /// Those of them that are quantized.
     num_quantized_pages,
+    /// Those of these that are of the lowest class of a ladder of three.
+    num_lowest_pages,
     /// Pages that hold nothing.
     free_pages,
     /// Quantized pages that hold nothing.
     free_quantized_pages,
+    /// Those of them that are of the lowest class.
+    free_lowest_pages,
     /// Private pages, those reserved by open plans included.
     mutable_pages,
     /// Pages in the tree.
@@ -72,9 +77,11 @@ statistics! {
     duplicate_pages,
     /// Pages copied before a write.
     copied_pages,
-    /// Pages that gave their place to a quantized copy.
+    /// Pages that gave their place to a quantized copy, or to one in fewer bits.
     demoted_pages,
-    /// Pages that the codec refused: they keep full precision.
+    /// Those of them that were quantized before.
+    lowered_pages,
+    /// Pages that the codec refused: they stay in their class.
     refused_pages,
     /// Plans made.
     plans,

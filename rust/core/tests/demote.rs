@@ -57,7 +57,7 @@ fn fill(pool: &mut Pool, plan: &mut Plan) {
 
 #[test]
 fn the_coldest_text_is_demoted_first_and_its_earliest_pages_before_the_others() {
-    let mut pool = Pool::with_quantized(8, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([8, 4, 0], 4, true).unwrap();
     let old = cached(&mut pool, 0..16);
     let new = cached(&mut pool, 100..116);
     let id = open(&mut pool, 200..210);
@@ -82,7 +82,7 @@ fn the_coldest_text_is_demoted_first_and_its_earliest_pages_before_the_others() 
 
 #[test]
 fn tails_leave_and_are_not_demoted() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let pages = cached(&mut pool, 0..10);
     let id = open(&mut pool, 100..116);
     let step = plan(&mut pool, id);
@@ -94,7 +94,7 @@ fn tails_leave_and_are_not_demoted() {
 
 #[test]
 fn a_text_longer_than_the_pages_of_full_precision_is_computed_in_parts() {
-    let mut pool = Pool::with_quantized(3, 5, 4, true).unwrap();
+    let mut pool = Pool::with_classes([3, 5, 0], 4, true).unwrap();
     let id = open(&mut pool, 0..32);
     for part in 0..8 {
         let mut step = pool.plan(&[id], Some(&[4]), None).unwrap();
@@ -113,7 +113,7 @@ fn a_text_longer_than_the_pages_of_full_precision_is_computed_in_parts() {
 
 #[test]
 fn what_a_step_under_way_reads_is_never_taken() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let reads = compute(&mut pool, 0..8);
     pool.append(reads, &[9]).unwrap();
     let under_way = plan(&mut pool, reads);
@@ -130,7 +130,7 @@ fn what_a_step_under_way_reads_is_never_taken() {
 
 #[test]
 fn the_newest_page_of_a_text_at_rest_stays() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let rests = compute(&mut pool, 0..16);
     let before = table(&pool, rests);
     let id = open(&mut pool, 100..116);
@@ -146,13 +146,12 @@ fn the_newest_page_of_a_text_at_rest_stays() {
 
 #[test]
 fn a_refused_page_keeps_its_place_and_another_is_chosen() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let pages = cached(&mut pool, 0..16);
     let id = open(&mut pool, 100..104);
     let mut step = pool.plan(&[id], None, None).unwrap();
-    let target = step.demotions().next().unwrap().1;
     pool.fill(&mut step, &mut [0], 1, &mut [0; 4], &mut [0; 2]).unwrap();
-    pool.refuse(step, &[target]);
+    pool.refuse(step, 1, &[0]);
     pool.check().unwrap();
     let now = pool.statistics();
     assert_eq!((now.free_pages, now.free_quantized_pages, now.refused_pages, now.demoted_pages), (4, 4, 1, 0));
@@ -180,7 +179,7 @@ fn cached_pages(pool: &mut Pool, tokens: Range<u32>) -> Vec<u32> {
 
 #[test]
 fn demotions_that_were_not_written_are_undone() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let pages = cached(&mut pool, 0..16);
     let (id, other) = (open(&mut pool, 100..108), open(&mut pool, 200..204));
     let mut step = pool.plan(&[id], None, None).unwrap();
@@ -197,7 +196,7 @@ fn demotions_that_were_not_written_are_undone() {
 
 #[test]
 fn a_plan_that_was_not_filled_leaves_every_page_where_it_was() {
-    let mut pool = Pool::with_quantized(6, 1, 4, true).unwrap();
+    let mut pool = Pool::with_classes([6, 1, 0], 4, true).unwrap();
     let pages = cached(&mut pool, 0..24);
     let id = open(&mut pool, 100..108);
     let step = pool.plan(&[id], None, None).unwrap();
@@ -214,7 +213,7 @@ fn a_plan_that_was_not_filled_leaves_every_page_where_it_was() {
 
 #[test]
 fn private_pages_are_demoted_as_far_as_they_are_frozen() {
-    let mut pool = Pool::with_quantized(4, 4, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 4, 0], 4, true).unwrap();
     let (id, _) = pool.open(&[0; 12], OpenOptions { reuse: false, share: false, ..OPEN }).unwrap();
     let step = plan(&mut pool, id);
     pool.commit_unwritten(step);
@@ -241,7 +240,7 @@ fn private_pages_are_demoted_as_far_as_they_are_frozen() {
 
 #[test]
 fn room_is_made_ahead_of_need() {
-    let mut pool = Pool::with_quantized(4, 2, 4, true).unwrap();
+    let mut pool = Pool::with_classes([4, 2, 0], 4, true).unwrap();
     cached(&mut pool, 0..14);
     let mut step = pool.plan_demotion(3).unwrap();
     assert_eq!(step.demotions().len(), 2);
@@ -252,4 +251,131 @@ fn room_is_made_ahead_of_need() {
     assert_eq!((now.free_pages, now.free_quantized_pages, now.demoted_pages), (2, 0, 2));
     assert_eq!(matched(&pool, 0..14), 14);
     pool.check().unwrap();
+}
+
+#[test]
+fn the_coldest_pages_step_down_one_class_at_a_time_and_leave_from_the_last() {
+    let mut pool = Pool::with_classes([4, 4, 4], 4, true).unwrap();
+    let texts: Vec<Range<u32>> = (0..7).map(|text| 100 * text..100 * text + 8).collect();
+    for text in &texts {
+        let id = open(&mut pool, text.clone());
+        let step = plan(&mut pool, id);
+        pool.commit(step);
+        pool.close(id);
+        pool.check().unwrap();
+    }
+    // Seven texts of two pages, the oldest first: one has left, two are lowest, two above, two in full precision.
+    assert_eq!(matched(&pool, texts[0].clone()), 0);
+    for (age, first) in [8, 8, 4, 4, 0, 0].into_iter().enumerate() {
+        let pages = cached_pages(&mut pool, texts[age + 1].start..texts[age + 1].end + 1);
+        assert!(pages.iter().all(|page| (first..first + 4).contains(page)), "text {age} of six is in {pages:?}");
+    }
+    let now = pool.statistics();
+    assert_eq!((now.num_quantized_pages, now.num_lowest_pages, now.free_pages), (8, 4, 0));
+    assert_eq!((now.demoted_pages, now.lowered_pages, now.evicted_pages), (16, 6, 2));
+}
+
+#[test]
+fn what_is_used_again_steps_down_later_than_what_is_not() {
+    let mut pool = Pool::with_classes([2, 2, 4], 4, true).unwrap();
+    for start in [0, 100] {
+        let id = open(&mut pool, start..start + 8);
+        let step = plan(&mut pool, id);
+        pool.commit(step);
+        pool.close(id);
+    }
+    // The first text is in the second class; the second, though younger, is not used again.
+    cached_pages(&mut pool, 0..9);
+    let id = open(&mut pool, 200..208);
+    let step = plan(&mut pool, id);
+    assert_eq!((sources(&step), targets(&step)), (vec![2, 3, 0, 1], vec![4, 5, 2, 3]));
+    pool.commit(step);
+    pool.close(id);
+    let id = open(&mut pool, 300..308);
+    let step = plan(&mut pool, id);
+    pool.commit(step);
+    assert_eq!(cached_pages(&mut pool, 0..9), [4, 5], "nobody else was there to step down");
+    assert_eq!(cached_pages(&mut pool, 100..109), [6, 7]);
+    pool.check().unwrap();
+}
+
+/// A pool with a text in each class, a page each, and a plan that moves both of the upper ones down.
+fn chain() -> (Pool, SequenceId, Plan) {
+    let mut pool = Pool::with_classes([1, 1, 2], 4, true).unwrap();
+    for start in [0, 100, 200] {
+        let id = open(&mut pool, start..start + 4);
+        let step = plan(&mut pool, id);
+        pool.commit(step);
+        pool.close(id);
+    }
+    let id = open(&mut pool, 300..304);
+    let step = pool.plan(&[id], None, None).unwrap();
+    assert_eq!((sources(&step), targets(&step), step.num_evicted()), (vec![1, 0], vec![3, 1], 0));
+    (pool, id, step)
+}
+
+fn where_they_are(pool: &mut Pool) -> [Vec<u32>; 3] {
+    [0, 100, 200].map(|start| cached_pages(pool, start..start + 5))
+}
+
+#[test]
+fn a_chain_of_demotions_that_was_not_written_is_undone_from_its_end() {
+    let (mut pool, _, step) = chain();
+    pool.abandon(step);
+    pool.check().unwrap();
+    assert_eq!(where_they_are(&mut pool), [[2], [1], [0]]);
+    let (mut pool, _, mut step) = chain();
+    pool.fill(&mut step, &mut [0], 1, &mut [0; 4], &mut [0; 2]).unwrap();
+    pool.abandon(step);
+    pool.check().unwrap();
+    assert_eq!((where_they_are(&mut pool), pool.num_free()), ([vec![2], vec![1], vec![0]], 1));
+}
+
+#[test]
+fn a_page_that_the_codec_refuses_blocks_what_would_have_come_in_its_place() {
+    for (tried, refused, expected, free) in [(1, 0, [2, 1, 0], 1), (2, 1, [2, 3, 0], 1)] {
+        let (mut pool, id, mut step) = chain();
+        pool.fill(&mut step, &mut [0], 1, &mut [0; 4], &mut [0; 2]).unwrap();
+        pool.refuse(step, tried, &[refused]);
+        pool.check().unwrap();
+        assert_eq!(where_they_are(&mut pool).concat(), expected);
+        let now = pool.statistics();
+        assert_eq!((now.refused_pages, now.free_pages, now.demoted_pages), (1, free, 3 + refused as u64));
+        // It is not asked again: whoever is left gives, or leaves.
+        let again = plan(&mut pool, id);
+        assert!(sources(&again).iter().all(|page| *page != [1, 0][refused]));
+        pool.commit(again);
+        pool.check().unwrap();
+    }
+}
+
+#[test]
+fn what_left_while_a_chain_was_open_is_not_brought_back() {
+    for gone in [0, 100, 200] {
+        let (mut pool, _, step) = chain();
+        let others: Vec<u32> = [0, 100, 200].into_iter().filter(|start| *start != gone).collect();
+        let held: Vec<SequenceId> = others.iter().map(|start| open(&mut pool, *start..start + 5)).collect();
+        assert_eq!(pool.evict(4), 1);
+        pool.abandon(step);
+        pool.check().unwrap();
+        assert_eq!(matched(&pool, gone..gone + 4), 0);
+        for (id, start) in held.iter().zip(&others) {
+            assert_eq!(table(&pool, *id), [[2], [1], [0]][*start as usize / 100]);
+        }
+        assert_eq!(pool.num_free(), 2);
+    }
+}
+
+#[test]
+fn a_running_text_steps_down_before_what_is_in_the_last_class_leaves() {
+    let mut pool = Pool::with_classes([3, 3, 6], 4, true).unwrap();
+    let id = open(&mut pool, 0..48);
+    for _ in 0..9 {
+        let mut step = pool.plan(&[id], Some(&[4]), None).unwrap();
+        fill(&mut pool, &mut step);
+        pool.commit(step);
+        pool.check().unwrap();
+    }
+    let classes: Vec<u32> = table(&pool, id).iter().map(|page| u32::from(*page >= 3) + u32::from(*page >= 6)).collect();
+    assert_eq!(classes, [2, 2, 2, 1, 1, 1, 0, 0, 0]);
 }

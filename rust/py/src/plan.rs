@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, Mutex};
 
-use kvhybrid_core::PageId;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
@@ -131,17 +130,14 @@ impl Plan {
         Ok(())
     }
 
-    fn refuse(&self, targets: &Bound<'_, PyAny>) -> PyResult<()> {
-        let mut refused = Vec::new();
-        for page in targets.try_iter()? {
-            let page: u32 = page?.extract()?;
-            if self.demotions.iter().all(|(_, target)| *target != page) {
-                return Err(PyValueError::new_err(format!("no demotion of the plan goes to page {page}")));
-            }
-            refused.push(PageId(page));
+    #[allow(clippy::needless_pass_by_value)] // as Python hands it over
+    fn refuse(&self, tried: usize, refused: Vec<usize>) -> PyResult<()> {
+        if tried > self.demotions.len() || refused.iter().any(|index| *index >= tried) {
+            let count = self.demotions.len();
+            return Err(PyValueError::new_err(format!("{refused:?} are not among {tried} of {count} demotions")));
         }
         let plan = self.take()?;
-        self.shared.lock()?.refuse(plan, &refused);
+        self.shared.lock()?.refuse(plan, tried, &refused);
         Ok(())
     }
 }

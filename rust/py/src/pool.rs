@@ -54,11 +54,11 @@ impl Shared {
 /// Set who must leave first: recency, or the learned order, with its guard or, to compare, without.
 pub fn set_policy(pool: &mut Pool, policy: &str, options: Adaptive) -> PyResult<()> {
     match policy {
-        "lru" => {}
+        "lru" | "paged" => {}
         "adaptive" => pool.adapt(options),
         "survival" => pool.adapt(Adaptive { is_unguarded: true, ..options }),
         _ => {
-            let message = format!("policy must be 'lru', 'adaptive' or 'survival', not '{policy}'");
+            let message = format!("policy must be 'lru', 'paged', 'adaptive' or 'survival', not '{policy}'");
             return Err(PyValueError::new_err(message));
         }
     }
@@ -84,26 +84,33 @@ pub struct PagePool {
     pub shared: Arc<Shared>,
     num_pages: usize,
     num_quantized: usize,
+    num_lowest: usize,
     block_size: usize,
 }
 
 #[pymethods]
 impl PagePool {
     #[new]
-    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, keep_tails = true, policy = "lru", seed = None))]
+    #[allow(clippy::too_many_arguments)] // named, from Python
+    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, num_lowest = 0, keep_tails = true, policy = "lru", seed = None))]
     fn new(
         num_pages: usize,
         block_size: usize,
         num_quantized: usize,
+        num_lowest: usize,
         keep_tails: bool,
         policy: &str,
         seed: Option<u64>,
     ) -> PyResult<Self> {
-        let mut pool = Pool::with_quantized(num_pages, num_quantized, block_size, keep_tails).map_err(raised)?;
+        let Some(above) = num_quantized.checked_sub(num_lowest) else {
+            let message = format!("num_lowest={num_lowest} are part of num_quantized={num_quantized}");
+            return Err(PyValueError::new_err(message));
+        };
+        let mut pool = Pool::with_classes([num_pages, above, num_lowest], block_size, keep_tails).map_err(raised)?;
         let options = Adaptive { seed, token_weight: 1, learns_at_once: false, is_unguarded: false };
         set_policy(&mut pool, policy, options)?;
         let num_pages = pool.num_pages();
-        Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, block_size })
+        Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, num_lowest, block_size })
     }
 
     fn __repr__(&self) -> PyResult<String> {
@@ -125,6 +132,11 @@ impl PagePool {
     #[getter]
     fn num_quantized(&self) -> usize {
         self.num_quantized
+    }
+
+    #[getter]
+    fn num_lowest(&self) -> usize {
+        self.num_lowest
     }
 
     #[getter]

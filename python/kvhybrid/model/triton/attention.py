@@ -99,11 +99,13 @@ class TritonAttention:
         """Return a layer's quantized pages, where there are any."""
         from kvhybrid.model.triton.decode import Records
 
-        storage = self.storage
-        keys, values = storage.cold_keys[layer], storage.cold_values[layer]
-        if keys is None or values is None or storage.codec is None:
-            return ()
-        return (Records(storage.codec.bits, keys, values),)
+        found = []
+        for records in self.storage.records:
+            keys, values = records.keys[layer], records.values[layer]
+            assert keys is not None, "attention is asked where a layer keeps K and V"
+            assert values is not None, "and both of them"
+            found.append(Records(records.bits, keys, values))
+        return tuple(found)
 
     def _plan(self, step: Step, keys: torch.Tensor, window: int | None) -> DecodePlan:
         """Return the step's plan for pages there; the layers of a step share it."""

@@ -59,9 +59,10 @@ impl Pool {
         }
         let classes = self.pages.classes();
         let mut free: Vec<PageId> = self.pages.free_pages().concat();
-        let misplaced = self.pages.free_pages().map(|pages| classes.count(pages));
-        if misplaced != [0, self.pages.num_free_quantized()] {
-            return broken(format!("{misplaced:?} quantized pages on the two free lists"));
+        for (class, pages) in self.pages.free_pages().iter().enumerate() {
+            if let Some(page) = pages.iter().find(|page| classes.of(**page) != class) {
+                return broken(format!("page {} is free among those of class {class}", page.0));
+            }
         }
         free.sort_unstable();
         free.dedup();

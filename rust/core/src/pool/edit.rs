@@ -84,7 +84,7 @@ impl Pool {
         sequence.sealed = sequence.sealed.min(length >> self.shift << self.shift);
         sequence.length = sequence.length.min(length);
         sequence.frozen = sequence.frozen.min(length);
-        sequence.cooled = sequence.cooled.min(length >> self.shift);
+        sequence.cooled = sequence.cooled.map(|blocks| blocks.min(length >> self.shift));
         let kept = (sequence.length as usize).div_ceil(1 << self.shift);
         for page in sequence.table[kept.max(was_sealed).min(sequence.table.len())..].iter().rev() {
             self.pages.release(*page);

@@ -6,7 +6,7 @@
 use std::collections::HashSet;
 
 use super::Pool;
-use crate::ids::{NodeId, PageId, SequenceId};
+use crate::ids::{NodeId, PageId, STEPS, SequenceId};
 use crate::plan::Plan;
 
 /// A page in use that may be demoted.
@@ -16,10 +16,28 @@ pub(crate) struct Candidate {
     pub place: Option<(NodeId, usize)>,
 }
 
+/// Candidates of each class, as many as are wanted.
+#[derive(Default)]
+pub(super) struct Held {
+    pub found: [Vec<Candidate>; STEPS],
+    want: [usize; STEPS],
+}
+
+impl Held {
+    fn is_full(&self, class: usize) -> bool {
+        self.found[class].len() == self.want[class]
+    }
+}
+
 impl Pool {
-    /// Up to `want` pages that sequences hold and that may be demoted: of those at rest first, then of the rows
-    /// of the plan itself; the earliest of each first, and never the newest page of any.
-    pub(super) fn held_pages(&self, plan: &Plan, want: usize) -> Vec<Candidate> {
+    /// Up to `want` pages of each class that sequences hold and that may be demoted: of those at rest first, then
+    /// of the rows of the plan itself; the earliest of each first, and never the newest page of any.
+    pub(super) fn held_pages(&self, plan: &Plan, want: [usize; STEPS]) -> Held {
+        let mut held = Held { want, ..Held::default() };
+        if want == [0; STEPS] {
+            return held;
+        }
+        let classes = self.pages.classes();
         let own: HashSet<SequenceId> =
             plan.rows.iter().filter(|row| plan.touches(row)).map(|row| row.sequence).collect();
         let newest: HashSet<PageId> =
@@ -30,7 +48,6 @@ impl Pool {
                 seen.extend(self.tree.path(sequence.anchor));
             }
         }
-        let mut found = Vec::new();
         for is_own in [false, true] {
             for (id, sequence) in self.sequences.iter() {
                 if own.contains(&id) != is_own || sequence.planned != is_own {
@@ -41,29 +58,30 @@ impl Pool {
                 path.reverse();
                 for node in path {
                     seen.insert(node);
-                    for (index, page) in self.tree.can_cool(node) {
-                        if found.len() == want {
-                            return found;
-                        }
-                        if !newest.contains(&page) {
+                    for class in 0..STEPS {
+                        let wanted = held.want[class] - held.found[class].len();
+                        let may = self.tree.can_cool(node, class).filter(|(_, page)| !newest.contains(page));
+                        for (index, page) in may.take(wanted) {
                             let block = self.tree.block_of(node, index);
-                            found.push(Candidate { page, block, place: Some((node, index)) });
+                            held.found[class].push(Candidate { page, block, place: Some((node, index)) });
                         }
                     }
                 }
-                let first = sequence.cooled.max(sequence.sealed >> self.shift) as usize;
+                let first = (sequence.sealed >> self.shift) as usize;
                 let end = ((sequence.frozen >> self.shift) as usize).min(sequence.table.len().saturating_sub(1));
                 for block in first..end.max(first) {
                     let page = sequence.table[block];
-                    if found.len() == want {
-                        return found;
+                    let class = classes.of(page);
+                    let may = class < STEPS && block as u32 >= sequence.cooled[class] && self.pages.is_mutable(page);
+                    if may && !held.is_full(class) {
+                        held.found[class].push(Candidate { page, block: block as u32, place: None });
                     }
-                    if self.pages.is_mutable(page) && !self.pages.classes().is_quantized(page) {
-                        found.push(Candidate { page, block: block as u32, place: None });
-                    }
+                }
+                if (0..STEPS).all(|class| held.is_full(class)) {
+                    return held;
                 }
             }
         }
-        found
+        held
     }
 }

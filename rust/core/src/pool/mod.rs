@@ -54,24 +54,28 @@ impl Pool {
     /// Make a pool of empty pages. Slots (`page * block_size + offset`) must fit int32. With `keep_tails`
     /// closed sequences leave their last, partly filled block behind, else full blocks only.
     pub fn new(num_pages: usize, block_size: usize, keep_tails: bool) -> Result<Self> {
-        Self::with_quantized(num_pages, 0, block_size, keep_tails)
+        Self::with_classes([num_pages, 0, 0], block_size, keep_tails)
     }
 
-    /// Make a pool whose last `num_quantized` pages are quantized: they take the blocks that are coldest when
-    /// pages of full precision, the first `num_full`, are short.
-    pub fn with_quantized(num_full: usize, num_quantized: usize, block_size: usize, keep_tails: bool) -> Result<Self> {
+    /// Make a pool whose pages are of several classes: first those of full precision, then quantized ones, which
+    /// take the blocks that are coldest when the pages before them are short. The last class may be empty, or the
+    /// last two.
+    pub fn with_classes(counts: [usize; 3], block_size: usize, keep_tails: bool) -> Result<Self> {
         if !block_size.is_power_of_two() {
             return Err(Error::Argument(format!("block_size must be a power of two, not {block_size}")));
         }
-        let num_pages = num_full.saturating_add(num_quantized);
+        let num_pages = counts.iter().fold(0, |sum: usize, count| sum.saturating_add(*count));
         let slots = num_pages.checked_mul(block_size).filter(|slots| *slots <= 1 << 31);
-        if num_full == 0 || slots.is_none() {
+        if counts[1] == 0 && counts[2] > 0 {
+            return Err(Error::Argument(format!("{} pages of the lowest class, and none above", counts[2])));
+        }
+        if counts[0] == 0 || slots.is_none() {
             return Err(Error::Argument(format!(
                 "num_pages must lie in 1..={} for blocks of {block_size}, not {num_pages}",
                 (1u64 << 31) / block_size as u64
             )));
         }
-        let classes = Classes { num_full: num_full as u32, num_quantized: num_quantized as u32 };
+        let classes = Classes(counts.map(|count| count as u32));
         Ok(Self {
             pages: Pages::new(classes),
             tree: Tree::new(block_size as u32, classes),
@@ -102,12 +106,12 @@ impl Pool {
 
     /// Pages that hold nothing.
     pub fn num_free(&self) -> usize {
-        self.pages.num_free() + self.pages.num_free_quantized()
+        self.pages.free_pages().iter().map(Vec::len).sum()
     }
 
     /// Quantized pages that hold nothing.
     pub fn num_free_quantized(&self) -> usize {
-        self.pages.num_free_quantized()
+        self.num_free() - self.pages.num_free(0)
     }
 
     /// Pages of the tree that may leave.
@@ -178,9 +182,11 @@ impl Pool {
         let (sealed, evictable) = (self.tree.num_sealed(), self.tree.num_evictable());
         Statistics {
             num_pages: total as u64,
-            num_quantized_pages: u64::from(self.pages.classes().num_quantized),
+            num_quantized_pages: total as u64 - u64::from(self.pages.classes().0[0]),
+            num_lowest_pages: u64::from(self.pages.classes().0[2]),
             free_pages: free as u64,
-            free_quantized_pages: self.pages.num_free_quantized() as u64,
+            free_quantized_pages: self.num_free_quantized() as u64,
+            free_lowest_pages: self.pages.num_free(2) as u64,
             mutable_pages: (total - free - sealed) as u64,
             sealed_pages: sealed as u64,
             shared_pages: (self.tree.num_shared() + self.pages.num_shared()) as u64,
@@ -196,6 +202,7 @@ impl Pool {
             duplicate_pages: self.totals.duplicate_pages,
             copied_pages: self.totals.copied_pages,
             demoted_pages: self.totals.demoted_pages,
+            lowered_pages: self.totals.lowered_pages,
             refused_pages: self.totals.refused_pages,
             plans: self.totals.plans,
             abandoned_plans: self.totals.abandoned_plans,

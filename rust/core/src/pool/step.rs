@@ -1,6 +1,6 @@
 //! One step: plan, fill, then commit or abandon.
 
-use super::held::Candidate;
+use super::held::Held;
 use super::{Pool, check_tokens};
 use crate::error::{Error, Result, SequenceLabel};
 use crate::ids::{PageId, SequenceId};
@@ -56,7 +56,7 @@ impl Pool {
         rows: &[SequenceId],
         counts: Option<&[i32]>,
         tokens: Option<&[u32]>,
-    ) -> Result<(usize, Vec<Candidate>)> {
+    ) -> Result<(usize, Held)> {
         for (name, length) in [("counts", counts.map(<[i32]>::len)), ("tokens", tokens.map(<[u32]>::len))] {
             if let Some(length) = length.filter(|length| *length != rows.len()) {
                 return Err(Error::Argument(format!("{name} must hold one a row: {length} for {} rows", rows.len())));
@@ -182,11 +182,9 @@ impl Pool {
         self.totals.evicted_pages += plan.num_evicted as u64;
         self.forget(plan, plan.cause.unwrap_or(Cause::Asked));
         self.tree.finish(&mut plan.victims);
-        self.tree.forget_refused(&plan.victim_pages);
-        let classes = self.pages.classes();
-        let used = plan.demotions.len() - plan.num_targets_taken;
-        let quantized = plan.victim_pages.iter().filter(|page| classes.is_quantized(**page));
-        let spare: Vec<PageId> = quantized.skip(used).copied().collect();
+        // Those of full precision are reserved, and of the others some take demotions.
+        let spare = plan.victim_pages.iter().filter(|page| self.pages.is_set_aside(**page));
+        let spare: Vec<PageId> = spare.copied().collect();
         self.pages.free(&spare);
         plan.victim_pages.clear();
     }
@@ -205,6 +203,7 @@ impl Pool {
         self.settle(&mut plan);
         self.moved(&mut plan);
         self.totals.demoted_pages += plan.demotions.len() as u64;
+        self.totals.lowered_pages += (plan.demotions.len() - plan.num_given) as u64;
         for row in plan.rows.iter().filter(|row| plan.touches(row)) {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
             sequence.planned = false;

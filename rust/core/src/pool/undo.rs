@@ -2,7 +2,7 @@
 
 use super::Pool;
 use crate::ids::PageId;
-use crate::plan::{Demotion, Plan};
+use crate::plan::{Demotion, Origin, Plan};
 use crate::policy::Cause;
 
 impl Pool {
@@ -12,10 +12,10 @@ impl Pool {
         self.undo(plan, None);
     }
 
-    /// Undo a filled plan of whose demotions all were written but those with these targets: the codec refused
-    /// their pages, which keep full precision for good.
-    pub fn refuse(&mut self, plan: Plan, targets: &[PageId]) {
-        self.undo(plan, Some(targets));
+    /// Undo a filled plan of whose demotions the first ones were `tried`: all of these were written but those at
+    /// these places among them. The codec refused their pages, which stay in their class for good.
+    pub fn refuse(&mut self, plan: Plan, tried: usize, refused: &[usize]) {
+        self.undo(plan, Some((tried, refused)));
     }
 
     /// Say that the demotions of a filled plan were written: they stay, whatever becomes of it.
@@ -26,7 +26,7 @@ impl Pool {
         }
     }
 
-    fn undo(&mut self, mut plan: Plan, refused: Option<&[PageId]>) {
+    fn undo(&mut self, mut plan: Plan, refused: Option<(usize, &[usize])>) {
         self.totals.abandoned_plans += 1;
         for row in plan.rows.iter().filter(|row| plan.touches(row)) {
             let Some(sequence) = self.sequences.find_mut(row.sequence) else { continue };
@@ -39,26 +39,9 @@ impl Pool {
                 sequence.table[(row.length >> self.shift) as usize] = source;
             }
         }
-        let sources = plan.reserved.len() - plan.demotions.len();
+        let sources = plan.reserved.len() - plan.num_given;
         let mut gone: Vec<PageId> = plan.reserved.drain(sources..).collect();
-        let demotions = std::mem::take(&mut plan.demotions);
-        for (index, demotion) in demotions.iter().enumerate().rev() {
-            let is_undone = refused.map_or(!plan.is_moved, |targets| targets.contains(&demotion.target));
-            if !is_undone {
-                self.totals.demoted_pages += 1;
-                continue;
-            }
-            let is_victims = !plan.is_filled && index >= plan.num_targets_taken;
-            if self.promote(demotion, refused.is_some()) {
-                gone.retain(|page| *page != demotion.source);
-                if !is_victims {
-                    self.pages.free(&[demotion.target]);
-                }
-            } else if is_victims && self.pages.is_free(demotion.target) {
-                self.pages.take_back(demotion.target);
-            }
-        }
-        plan.demotions = demotions;
+        self.undo_demotions(&plan, refused, &mut gone);
         self.pages.free(&gone);
         self.moving &= plan.is_moved || plan.demotions.is_empty();
         let victims = plan.reserved.split_off(plan.num_taken);
@@ -69,6 +52,7 @@ impl Pool {
                 self.pages.seal(*page);
             }
             self.recall(&plan);
+            self.tree.refuse(&plan.refused);
             self.tree.restore(&mut plan.victims, &plan.victim_pages, &mut self.duplicates);
             self.tree.forget_refused(&self.duplicates);
             self.totals.evicted_pages += self.duplicates.len() as u64;
@@ -83,25 +67,70 @@ impl Pool {
         self.retire(plan);
     }
 
+    /// Take back what was not written, the last first. What stands in a page of full precision again is no longer
+    /// `gone`.
+    fn undo_demotions(&mut self, plan: &Plan, refused: Option<(usize, &[usize])>, gone: &mut Vec<PageId>) {
+        let is_refused = |index: usize| refused.is_some_and(|(tried, of)| index < tried && of.contains(&index));
+        let is_undone = |index: usize| match refused {
+            Some((tried, _)) => index >= tried || is_refused(index),
+            None => !plan.is_moved,
+        };
+        let classes = self.pages.classes();
+        for (index, demotion) in plan.demotions.iter().enumerate().rev() {
+            let Demotion { source, target, origin, .. } = *demotion;
+            if !is_undone(index) {
+                self.totals.demoted_pages += 1;
+                self.totals.lowered_pages += u64::from(classes.is_quantized(source));
+                continue;
+            }
+            // A victim's page goes back with it; one that stepped down itself, with that step.
+            let is_awaited = match origin {
+                Origin::Free => false,
+                Origin::Victim => !plan.is_filled,
+                Origin::Source => {
+                    plan.demotions[..index].iter().position(|earlier| earlier.source == target).is_some_and(is_undone)
+                }
+            };
+            if self.promote(demotion, is_refused(index)) {
+                gone.retain(|page| *page != source);
+                if !is_awaited {
+                    self.pages.free(&[target]);
+                }
+            } else {
+                if classes.is_quantized(source) && !self.pages.is_free(source) {
+                    self.pages.free(&[source]);
+                }
+                if is_awaited && origin == Origin::Victim && self.pages.is_free(target) {
+                    self.pages.take_back(target);
+                }
+            }
+        }
+    }
+
     /// Take a demotion back, for good when the codec `refused` the page. Returns false when what was demoted has
     /// left meanwhile: the source holds nothing any more.
-    fn promote(&mut self, demotion: &Demotion, refused: bool) -> bool {
-        let Demotion { source, target, block, place } = *demotion;
-        let is_back = if self.pages.is_in_tree(target) {
-            place.is_some_and(|place| self.tree.promote(place, target, source, refused))
-        } else {
-            let is_it = |page: Option<&PageId>| page == Some(&target);
-            place.is_none() && self.sequences.iter().any(|(_, it)| is_it(it.table.get(block as usize)))
-        };
-        if !is_back {
+    pub(super) fn promote(&mut self, demotion: &Demotion, refused: bool) -> bool {
+        let Demotion { source, target, block, place, .. } = *demotion;
+        let is_in_tree = self.pages.is_in_tree(target);
+        let stands = if is_in_tree { place.and_then(|place| self.tree.find_page(place, target)) } else { None };
+        let is_it = |page: Option<&PageId>| page == Some(&target);
+        let is_held = || self.sequences.iter().any(|(_, it)| is_it(it.table.get(block as usize)));
+        if stands.is_none() && (is_in_tree || place.is_some() || !is_held()) {
             return false;
+        }
+        if self.pages.is_free(source) {
+            self.pages.take_back(source);
         }
         self.move_page(target, source);
         self.replace(block, target, source);
-        if place.is_none() {
+        if let Some(place) = stands {
+            self.tree.promote(place, source, refused);
+        } else {
+            let class = self.pages.classes().of(source);
             for sequence in self.sequences.iter_mut() {
                 if sequence.table.get(block as usize) == Some(&source) {
-                    sequence.cooled = if refused { sequence.cooled.max(block + 1) } else { sequence.cooled.min(block) };
+                    let cooled = &mut sequence.cooled[class];
+                    *cooled = if refused { (*cooled).max(block + 1) } else { (*cooled).min(block) };
                 }
             }
         }

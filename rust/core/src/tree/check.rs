@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use super::Tree;
 use crate::error::{Error, Result};
-use crate::ids::{NodeId, PageId};
+use crate::ids::{NodeId, PageId, STEPS};
 
 macro_rules! hold {
     ($condition:expr, $($message:tt)+) => {
@@ -28,7 +28,7 @@ impl Tree {
         let age = self.check_order()?;
         let mut waiting = self.check_cooling()?;
         let (mut pages, mut evictable, mut shared, mut linked) = (Vec::new(), 0, 0, 0);
-        let (mut quantized, mut given) = (0, 0);
+        let (mut quantized, mut given) = ([0; STEPS], [0; STEPS]);
         for root in self.roots.iter() {
             for node in self.preorder(root) {
                 self.check_node(node, &age)?;
@@ -40,17 +40,21 @@ impl Tree {
                 shared += if it.pins > 1 { it.pages.len() } else { 0 };
                 linked += usize::from(!it.is_root());
                 if it.pins == 0 {
-                    quantized += it.quantized as usize;
-                    given += self.gives(node);
-                    let waits = waiting.remove(&node);
-                    hold!(waits == (self.gives(node) > 0), "{node:?} gives {} and waits: {waits}", self.gives(node));
+                    for class in 0..STEPS {
+                        quantized[class] += it.cooled.quantized[class] as usize;
+                        let count = self.gives(node, class);
+                        given[class] += count;
+                        let waits = waiting.remove(&(class, node));
+                        hold!(waits == (count > 0), "{node:?} gives {count} of {class} and waits: {waits}");
+                    }
                 }
             }
         }
         hold!(waiting.is_empty(), "nodes that are pinned or gone wait: {waiting:?}");
-        hold!(given == self.given, "{} pages counted as given of {given}", self.given);
+        let counted = [self.num_given(0), self.num_given(1)];
+        hold!(given == counted, "{counted:?} pages counted as given of {given:?}");
         let counted = self.evictable_quantized;
-        hold!(quantized == counted, "{counted} quantized pages counted as evictable of {quantized}");
+        hold!(quantized == counted, "{counted:?} quantized pages counted as evictable of {quantized:?}");
         if let Some(ranked) = self.policy.num_ranked() {
             let leaves = age.keys().filter(|node| self.at(**node).is_leaf()).count();
             hold!(ranked == leaves, "{ranked} leaves ranked of {leaves}");
@@ -75,29 +79,34 @@ impl Tree {
         Ok(age)
     }
 
-    /// Nodes that have pages to give.
-    fn check_cooling(&self) -> Result<HashSet<NodeId>> {
+    /// Nodes that have pages of a class to give.
+    fn check_cooling(&self) -> Result<HashSet<(usize, NodeId)>> {
         let mut waiting = HashSet::new();
-        let mut node = self.cooling.oldest();
-        while node.is_some() {
-            hold!(waiting.insert(node), "{node:?} waits twice");
-            node = self.cooling.newer(node);
+        for (class, order) in self.cooling.iter().enumerate() {
+            for (stamp, node) in order.iter() {
+                hold!(waiting.insert((class, node)), "{node:?} waits twice");
+                hold!(stamp == self.at(node).cooled.stamp, "{node:?} waits where it stood before");
+            }
         }
         Ok(waiting)
     }
 
     fn check_classes(&self, node: NodeId) -> Result<()> {
         let it = self.at(node);
-        let quantized = self.classes.count(&it.pages);
-        hold!(it.quantized as usize == quantized, "{node:?} counts {} quantized of {quantized}", it.quantized);
-        let refused = it.pages.iter().filter(|page| self.refused.contains(page)).count();
-        hold!(it.refused as usize == refused, "{node:?} counts {} refused of {refused}", it.refused);
+        let (counted, quantized) = (it.cooled.quantized, self.classes.count(&it.pages));
+        hold!(counted == quantized, "{node:?} counts {counted:?} quantized of {quantized:?}");
         let tails = it.pages.get(self.num_whole(node)..).unwrap_or(&[]);
-        hold!(self.classes.count(tails) == 0, "the tail of {node:?} is quantized");
-        let is_cold = |page: &PageId| self.classes.is_quantized(*page) || self.refused.contains(page);
-        let seen = it.pages.get(..it.cooled as usize).unwrap_or(&[]);
-        hold!(seen.len() == it.cooled as usize, "{node:?} looked past its {} pages", it.pages.len());
-        hold!(seen.iter().all(is_cold), "{node:?} passed over a page that it can give");
+        hold!(self.classes.count(tails) == [0; STEPS], "the tail of {node:?} is quantized");
+        for class in 0..STEPS {
+            let is_refused = |page: &PageId| self.classes.of(*page) == class && self.refused.contains(page);
+            let (counted, refused) =
+                (it.cooled.refused[class], it.pages.iter().filter(|page| is_refused(page)).count());
+            hold!(counted as usize == refused, "{node:?} counts {counted} refused of {refused}");
+            let seen = it.pages.get(..it.cooled.seen[class] as usize);
+            hold!(seen.is_some(), "{node:?} looked past its {} pages", it.pages.len());
+            let can_give = |page: &PageId| self.classes.of(*page) == class && !is_refused(page);
+            hold!(!seen.is_some_and(|seen| seen.iter().any(can_give)), "{node:?} passed over a page that it can give");
+        }
         Ok(())
     }
 

@@ -1,9 +1,9 @@
-//! The second order: nodes that nobody pins and that have pages of full precision to give, by age; and how many
-//! pages those are. Kept as nodes are pinned, cut, joined, condemned and restored.
+//! The second order: nodes that nobody pins and that have pages to give to the next class down, by age, for each
+//! class; and how many pages those are. Kept as nodes are pinned, cut, joined, condemned and restored.
 
 use super::Tree;
-use crate::ids::{NodeId, PageId};
-use crate::policy::Lru;
+use super::cooling::{Cooled, NEXT};
+use crate::ids::{NodeId, PageId, STEPS};
 
 impl Tree {
     /// Blocks that end in a node.
@@ -12,118 +12,138 @@ impl Tree {
         ((it.end() >> self.shift) - (it.start >> self.shift)) as usize
     }
 
-    /// Pages of full precision that a node has to give.
-    pub(super) fn gives(&self, node: NodeId) -> usize {
-        if self.classes.num_quantized == 0 {
+    /// Pages of a class that a node has to give to the next one.
+    pub(super) fn gives(&self, node: NodeId, class: usize) -> usize {
+        if !self.classes.has_below(class) {
             return 0;
         }
         let it = self.at(node);
-        it.pages.len() - (it.quantized + it.refused) as usize
+        let Cooled { quantized, refused, .. } = it.cooled;
+        let of_class = match class.checked_sub(1) {
+            None => it.pages.len() - quantized.iter().sum::<u32>() as usize,
+            Some(index) => quantized[index] as usize,
+        };
+        of_class - refused[class] as usize
     }
 
-    /// Have a node that nobody pins any more wait.
-    pub(super) fn cool(&mut self, node: NodeId, place: impl FnOnce(&mut Lru, NodeId)) {
-        let gives = self.gives(node);
-        if gives > 0 {
-            place(&mut self.cooling, node);
-            self.given += gives;
+    /// Have a node that nobody pins any more wait, as the warmest one.
+    pub(super) fn cool(&mut self, node: NodeId) {
+        if self.classes.has_below(0) {
+            self.stamps += NEXT;
+            self.at_mut(node).cooled.stamp = self.stamps;
+            self.wait(node);
         }
-        self.evictable_quantized += self.at(node).quantized as usize;
+    }
+
+    /// Have a node wait where it did before.
+    pub(super) fn wait(&mut self, node: NodeId) {
+        let quantized = self.at(node).cooled.quantized;
+        self.count_evictable(quantized, true);
+        self.recount(node);
     }
 
     /// The opposite: a node is pinned, or leaves.
     pub(super) fn warm(&mut self, node: NodeId) {
-        let gives = self.gives(node);
-        if gives > 0 {
-            self.cooling.remove(node);
-            self.given -= gives;
+        if !self.classes.has_below(0) {
+            return;
         }
-        self.evictable_quantized -= self.at(node).quantized as usize;
+        let Cooled { quantized, stamp, .. } = self.at(node).cooled;
+        self.count_evictable(quantized, false);
+        for (class, order) in self.cooling.iter_mut().enumerate() {
+            let waits = std::mem::take(&mut self.nodes[node.index()].cooled.waits[class]);
+            if waits > 0 {
+                order.count(node, stamp, waits as usize, 0);
+            }
+        }
+    }
+
+    /// See to it that a node that nobody pins waits exactly while it has something to give.
+    pub(super) fn recount(&mut self, node: NodeId) {
+        if !self.classes.has_below(0) || self.at(node).pins > 0 {
+            return;
+        }
+        for class in 0..STEPS {
+            let now = self.gives(node, class);
+            let Cooled { waits, stamp, .. } = &mut self.nodes[node.index()].cooled;
+            let before = std::mem::replace(&mut waits[class], now as u32) as usize;
+            self.cooling[class].count(node, *stamp, before, now);
+        }
     }
 
     /// Count what the pages that were cut off a node, now `upper`, take away from what is left in it.
     pub(super) fn divide(&mut self, upper: NodeId, lower: NodeId) {
+        if !self.classes.has_below(0) {
+            return;
+        }
         let it = self.at(lower);
-        if it.quantized + it.refused == 0 {
-            return;
-        }
-        let (quantized, refused) = (it.quantized, it.refused);
-        let (deep, left) = (self.classes.count(&it.pages) as u32, self.count_refused(refused, &it.pages));
+        let whole = it.cooled;
+        let (quantized, refused) = (self.classes.count(&it.pages), self.count_refused(&it.pages));
         let blocks = self.at(upper).pages.len() as u32;
-        let it = self.at_mut(lower);
-        it.quantized = deep;
-        it.refused = left;
-        let cooled = it.cooled;
-        it.cooled = cooled.saturating_sub(blocks);
-        let it = self.at_mut(upper);
-        it.quantized = quantized - deep;
-        it.refused = refused - left;
-        it.cooled = cooled.min(blocks);
-    }
-
-    /// Have both parts of a node that was cut in two wait where it did.
-    pub(super) fn cool_upper(&mut self, upper: NodeId, lower: NodeId) {
-        if self.gives(upper) > 0 {
-            self.cooling.push_newer_than(upper, lower);
-            if self.gives(lower) == 0 {
-                self.cooling.remove(lower);
-            }
+        let mut above = Cooled { stamp: whole.stamp + 1, ..Cooled::default() };
+        let mut below = Cooled { quantized, refused, ..whole };
+        for class in 0..STEPS {
+            above.quantized[class] = whole.quantized[class] - quantized[class];
+            above.refused[class] = whole.refused[class] - refused[class];
+            above.seen[class] = whole.seen[class].min(blocks);
+            below.seen[class] = whole.seen[class].saturating_sub(blocks);
         }
+        (self.at_mut(upper).cooled, self.at_mut(lower).cooled) = (above, below);
+        self.recount(upper);
+        self.recount(lower);
     }
 
-    /// Have a node wait for itself and the leaf that is joined to it.
-    pub(super) fn cool_merged(&mut self, parent: NodeId, leaf: NodeId) {
-        if self.gives(leaf) > 0 {
-            if self.gives(parent) == 0 {
-                self.cooling.push_newer_than(parent, leaf);
-            }
-            self.cooling.remove(leaf);
+    /// Count a leaf, which waits no more, into its parent, to which it was joined.
+    pub(super) fn join(&mut self, parent: NodeId, leaf: Cooled) {
+        let upper = &mut self.at_mut(parent).cooled;
+        for class in 0..STEPS {
+            upper.quantized[class] += leaf.quantized[class];
+            upper.refused[class] += leaf.refused[class];
         }
+        self.count_evictable(leaf.quantized, true);
+        self.recount(parent);
     }
 
-    /// Count pages that left an unpinned node, which had `given` to give before.
-    pub(super) fn lose(&mut self, node: NodeId, gone: &[PageId], given: usize) {
-        let quantized = self.classes.count(gone);
-        let refused = self.count_refused(self.at(node).refused, gone);
-        self.evictable_quantized -= quantized;
+    /// Count pages that left an unpinned node.
+    pub(super) fn lose(&mut self, node: NodeId, gone: &[PageId]) {
+        let (quantized, refused) = (self.classes.count(gone), self.count_refused(gone));
+        self.count_evictable(quantized, false);
         let it = self.at_mut(node);
-        it.quantized -= quantized as u32;
-        it.refused -= refused;
-        it.cooled = it.cooled.min(it.pages.len() as u32);
-        self.recount(node, given);
+        let pages = it.pages.len() as u32;
+        for class in 0..STEPS {
+            it.cooled.quantized[class] -= quantized[class];
+            it.cooled.refused[class] -= refused[class];
+            it.cooled.seen[class] = it.cooled.seen[class].min(pages);
+        }
+        self.recount(node);
     }
 
-    /// Count pages that came back to a node, which had `given` to give before.
-    pub(super) fn gain(&mut self, node: NodeId, back: &[PageId], given: usize) {
-        let quantized = self.classes.count(back);
-        let refused = self.count_refused(u32::MAX, back);
+    /// Count pages that came back to a node.
+    pub(super) fn gain(&mut self, node: NodeId, back: &[PageId]) {
+        let (quantized, refused) = (self.classes.count(back), self.count_refused(back));
         let it = self.at_mut(node);
-        it.quantized += quantized as u32;
-        it.refused += refused;
+        for class in 0..STEPS {
+            it.cooled.quantized[class] += quantized[class];
+            it.cooled.refused[class] += refused[class];
+        }
         if it.pins == 0 {
-            self.evictable_quantized += quantized;
+            self.count_evictable(quantized, true);
         }
-        self.recount(node, given);
+        self.recount(node);
     }
 
-    /// See to it that a node waits exactly while it has something to give. One that had nothing is the oldest.
-    pub(super) fn recount(&mut self, node: NodeId, before: usize) {
-        if self.at(node).pins > 0 {
-            return;
-        }
-        let now = self.gives(node);
-        self.given = self.given + now - before;
-        match (before, now) {
-            (0, 1..) => self.cooling.push_oldest(node),
-            (1.., 0) => self.cooling.remove(node),
-            _ => {}
+    pub(super) fn count_evictable(&mut self, quantized: [u32; STEPS], more: bool) {
+        for (count, change) in self.evictable_quantized.iter_mut().zip(quantized) {
+            *count = if more { *count + change as usize } else { *count - change as usize };
         }
     }
 
-    fn count_refused(&self, most: u32, pages: &[PageId]) -> u32 {
-        if most == 0 || self.refused.is_empty() {
-            return 0;
+    fn count_refused(&self, pages: &[PageId]) -> [u32; STEPS] {
+        let mut counts = [0; STEPS];
+        if !self.refused.is_empty() {
+            for page in pages.iter().filter(|page| self.refused.contains(page)) {
+                counts[self.classes.of(*page)] += 1;
+            }
         }
-        pages.iter().filter(|page| self.refused.contains(page)).count() as u32
+        counts
     }
 }

@@ -1,11 +1,11 @@
-//! Demotion: the page of a whole block gives its place to a quantized copy of it.
+//! Demotion: the page of a whole block gives its place to a copy of it in the next class down.
 //!
-//! Nodes that nobody pins and that have pages of full precision to give wait in an order of their own,
-//! `cooling`, by age. A node gives its earliest pages first, and its tail, the part of a block, last: a tail
-//! is never quantized, it leaves. Pages that the codec refused are not given: they stay until evicted.
+//! Nodes that nobody pins and that have pages to give wait in an order of their own, one a class, `cooling`, by
+//! age. A node gives its earliest pages first, and its tail, the part of a block, last: a tail is never
+//! quantized, it leaves. Pages that the codec refused are not given: they stay in their class until evicted.
 
 use super::{Node, Tree, Victim};
-use crate::ids::{NodeId, PageId};
+use crate::ids::{NodeId, PageId, STEPS};
 
 /// What a node gives next.
 pub(crate) enum Gift {
@@ -16,82 +16,73 @@ pub(crate) enum Gift {
 }
 
 impl Tree {
-    /// Evictable pages that are quantized.
-    pub(crate) fn num_evictable_quantized(&self) -> usize {
+    /// Evictable pages of each of the quantized classes.
+    pub(crate) fn num_evictable_quantized(&self) -> [usize; STEPS] {
         self.evictable_quantized
     }
 
-    /// Pages of full precision that unpinned nodes have to give.
-    pub(crate) fn num_given(&self) -> usize {
-        self.given
+    /// Pages of a class that unpinned nodes have to give to the next one.
+    pub(crate) fn num_given(&self, class: usize) -> usize {
+        self.cooling[class].num_pages()
     }
 
-    /// What the coldest node with pages to give gives next.
-    pub(crate) fn coldest(&mut self) -> Option<Gift> {
-        let node = self.cooling.oldest();
-        if node.is_none() {
-            return None;
-        }
-        Some(match self.next_to_cool(node) {
+    /// What the coldest node with pages of a class to give gives next.
+    pub(crate) fn coldest(&mut self, class: usize) -> Option<Gift> {
+        let node = self.cooling[class].coldest()?;
+        Some(match self.next_to_cool(node, class) {
             Some(index) => Gift::Whole(node, index),
             None => Gift::Tail(node),
         })
     }
 
-    fn next_to_cool(&mut self, node: NodeId) -> Option<usize> {
-        let index = self.can_cool(node).next().map(|(index, _)| index);
+    fn next_to_cool(&mut self, node: NodeId, class: usize) -> Option<usize> {
+        let index = self.can_cool(node, class).next().map(|(index, _)| index);
         let it = self.at(node);
         let seen = index.unwrap_or(self.num_whole(node).min(it.pages.len()));
-        self.at_mut(node).cooled = seen as u32;
+        self.at_mut(node).cooled.seen[class] = seen as u32;
         index
     }
 
-    /// Pages of a node that may be demoted, the earliest first, and where they stand in it.
-    pub(crate) fn can_cool(&self, node: NodeId) -> impl Iterator<Item = (usize, PageId)> + '_ {
+    /// Pages of a class that may be demoted, the node's earliest first, and where they stand in it.
+    pub(crate) fn can_cool(&self, node: NodeId, class: usize) -> impl Iterator<Item = (usize, PageId)> + '_ {
         let it = self.at(node);
         let whole = self.num_whole(node).min(it.pages.len());
-        let first = (it.cooled as usize).min(whole);
+        let first = (it.cooled.seen[class] as usize).min(whole);
         let pages = it.pages[first..whole].iter().copied().zip(first..);
-        let may = |page: PageId| !self.classes.is_quantized(page) && !self.refused.contains(&page);
+        let may = move |page: PageId| self.classes.of(page) == class && !self.refused.contains(&page);
         pages.filter(move |(page, _)| may(*page)).map(|(page, index)| (index, page))
     }
 
-    /// Put `target` where a page stands, and return that.
-    pub(crate) fn demote(&mut self, node: NodeId, index: usize, target: PageId) -> PageId {
-        let given = self.gives(node);
+    /// Put a page of another class where one stands.
+    pub(crate) fn put(&mut self, node: NodeId, index: usize, page: PageId) {
+        let classes = self.classes;
         let it = self.at_mut(node);
-        let source = std::mem::replace(&mut it.pages[index], target);
-        it.quantized += 1;
-        if it.pins == 0 {
-            self.evictable_quantized += 1;
+        let before = classes.count(&[std::mem::replace(&mut it.pages[index], page)]);
+        let now = classes.count(&[page]);
+        for class in 0..STEPS {
+            it.cooled.quantized[class] = it.cooled.quantized[class] + now[class] - before[class];
+            it.cooled.seen[class] = it.cooled.seen[class].min(index as u32);
         }
-        self.recount(node, given);
-        source
+        if it.pins == 0 {
+            self.count_evictable(before, false);
+            self.count_evictable(now, true);
+        }
+        self.recount(node);
     }
 
-    /// Take a demotion back: `source` stands again where `target` does, for good when it was refused. False
-    /// when that has left the tree.
-    pub(crate) fn promote(&mut self, place: (NodeId, usize), target: PageId, source: PageId, refused: bool) -> bool {
-        let Some((node, index)) = self.find_page(place, target) else { return false };
-        let given = self.gives(node);
-        let it = self.at_mut(node);
-        it.pages[index] = source;
-        it.quantized -= 1;
-        it.refused += u32::from(refused);
-        it.cooled = it.cooled.min(index as u32);
-        if it.pins == 0 {
-            self.evictable_quantized -= 1;
-        }
+    /// Take a demotion back: `source` stands there again, for good when it was refused.
+    pub(crate) fn promote(&mut self, (node, index): (NodeId, usize), source: PageId, refused: bool) {
         if refused {
             self.refused.insert(source);
+            let class = self.classes.of(source);
+            self.at_mut(node).cooled.refused[class] += 1;
         }
-        self.recount(node, given);
-        true
+        self.put(node, index, source);
     }
 
     /// Where a page of the tree stands. Searches the tree when it is not where it was: runs were split or
     /// joined meanwhile.
-    fn find_page(&self, (node, index): (NodeId, usize), page: PageId) -> Option<(NodeId, usize)> {
+    pub(crate) fn find_page(&self, (node, index): (NodeId, usize), page: PageId) -> Option<(NodeId, usize)> {
         if self.at(node).pages.get(index) == Some(&page) {
             return Some((node, index));
         }
@@ -108,6 +99,11 @@ impl Tree {
         std::iter::successors(Some(node), |node| Some(self.at(*node).parent)).take_while(is_below_root)
     }
 
+    /// The page that stands there.
+    pub(crate) fn page_at(&self, node: NodeId, index: usize) -> PageId {
+        self.at(node).pages[index]
+    }
+
     /// Which block of its text a page of a node holds.
     pub(crate) fn block_of(&self, node: NodeId, index: usize) -> u32 {
         (self.at(node).start >> self.shift) + index as u32
@@ -120,6 +116,17 @@ impl Tree {
                 self.refused.remove(page);
             }
         }
+    }
+
+    /// The same, and append those that the codec had refused to `refused`.
+    pub(crate) fn take_refused(&mut self, pages: &[PageId], refused: &mut Vec<PageId>) {
+        refused.extend(pages.iter().filter(|page| self.refused.contains(page)));
+        self.forget_refused(pages);
+    }
+
+    /// These pages hold again what the codec refused.
+    pub(crate) fn refuse(&mut self, pages: &[PageId]) {
+        self.refused.extend(pages);
     }
 
     /// Condemn the tail of an unpinned node.

@@ -3,7 +3,6 @@
 
 use super::{Node, Tree};
 use crate::ids::{NodeId, PageId};
-use crate::policy::Lru;
 
 /// What must be remembered to restore a victim. Its pages are in the caller's list, in order.
 pub(crate) enum Victim {
@@ -51,14 +50,13 @@ impl Tree {
         pages: &mut Vec<PageId>,
         victims: &mut Vec<Victim>,
     ) {
-        let given = self.gives(node);
         let (first, it) = (pages.len(), self.at_mut(node));
         let (epoch, count) = (it.epoch, it.pages.len() - kept);
         pages.extend(it.pages.drain(kept..));
         victims.push(Victim::Part { node, epoch, kept, count });
         self.evictable -= count;
         self.sealed -= count;
-        self.lose(node, &pages[first..], given);
+        self.lose(node, &pages[first..]);
         self.rank(node);
     }
 
@@ -155,7 +153,7 @@ impl Tree {
         self.at_mut(node).epoch = epoch;
         self.link(node);
         self.order.push_oldest(node);
-        self.cool(node, Lru::push_oldest);
+        self.wait(node);
         self.evictable += count;
         self.sealed += count;
         self.rank(node);
@@ -166,11 +164,10 @@ impl Tree {
         if !self.is_as_left(node, epoch, kept) {
             return false;
         }
-        let given = self.gives(node);
         let grown = self.at_mut(node);
         grown.pages.extend_from_slice(pages);
         let pins = grown.pins;
-        self.gain(node, pages, given);
+        self.gain(node, pages);
         self.sealed += pages.len();
         match pins {
             0 => self.evictable += pages.len(),

@@ -23,6 +23,7 @@
 
 mod check;
 mod cool;
+mod cooling;
 mod demote;
 mod evict;
 mod find;
@@ -36,8 +37,9 @@ pub use find::common_prefix;
 
 use std::collections::BTreeSet;
 
-use crate::ids::{Classes, Namespace, NodeId, PageId};
+use crate::ids::{Classes, Namespace, NodeId, PageId, STEPS};
 use crate::policy::{Lru, Policy, Recency};
+use cooling::{Cooled, Cooling};
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
 pub(crate) use seal::Sealing;
@@ -57,11 +59,8 @@ struct Node {
     /// Changes whenever something that a plan remembers about the node would no longer be true: it
     /// left the tree, or lost tokens at its end.
     epoch: u32,
-    /// How many of the pages are quantized, and how many the codec refused.
-    quantized: u32,
-    refused: u32,
-    /// Pages from the first on that were seen to be one or the other.
-    cooled: u32,
+    /// What the pages are beside full precision.
+    cooled: Cooled,
 }
 
 impl Default for NodeId {
@@ -92,10 +91,12 @@ pub(crate) struct Tree {
     roots: Roots,
     /// Unpinned nodes by age.
     order: Lru,
-    /// Those of them that have pages of full precision to give, by age.
-    cooling: Lru,
+    /// Those of them that have pages to give to the class below, by age, for each class.
+    cooling: [Cooling; STEPS],
+    /// Stamps given out.
+    stamps: u64,
     classes: Classes,
-    /// Pages that the codec refused.
+    /// Pages that the codec refused, in the class that they are in.
     refused: BTreeSet<PageId>,
     /// Who of them leaves next.
     pub(crate) policy: Box<dyn Policy>,
@@ -104,9 +105,8 @@ pub(crate) struct Tree {
     epochs: u32,
     sealed: usize,
     evictable: usize,
-    evictable_quantized: usize,
-    /// Pages that the nodes of `cooling` have to give.
-    given: usize,
+    /// Evictable pages of each of the quantized classes.
+    evictable_quantized: [usize; STEPS],
     shared: usize,
 }
 
@@ -119,7 +119,8 @@ impl Tree {
             children: Children::new(seed),
             roots: Roots::new(seed),
             order: Lru::new(),
-            cooling: Lru::new(),
+            cooling: Default::default(),
+            stamps: 0,
             classes,
             refused: BTreeSet::new(),
             policy: Box::new(Recency),
@@ -127,8 +128,7 @@ impl Tree {
             epochs: 0,
             sealed: 0,
             evictable: 0,
-            evictable_quantized: 0,
-            given: 0,
+            evictable_quantized: [0; STEPS],
             shared: 0,
         }
     }
@@ -161,7 +161,7 @@ impl Tree {
             + self.children.bytes()
             + self.roots.bytes()
             + self.order.bytes()
-            + self.cooling.bytes()
+            + self.cooling.iter().map(Cooling::bytes).sum::<usize>()
             + self.policy.bytes()
     }
 
@@ -225,9 +225,6 @@ impl Tree {
         let id = NodeId(self.nodes.len() as u32);
         self.nodes.push(node);
         self.order.grow(self.nodes.len());
-        if self.classes.num_quantized > 0 {
-            self.cooling.grow(self.nodes.len());
-        }
         id
     }
 

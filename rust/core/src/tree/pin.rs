@@ -2,7 +2,6 @@
 
 use super::Tree;
 use crate::ids::NodeId;
-use crate::policy::Lru;
 
 impl Tree {
     /// Find the anchor for a match of `matched` tokens that ended in `node`, and pin its path.
@@ -106,7 +105,7 @@ impl Tree {
             0 => {
                 self.evictable += pages;
                 self.order.push_newest(node);
-                self.cool(node, Lru::push_newest);
+                self.cool(node);
                 self.rank(node);
                 return true;
             }

@@ -1,6 +1,7 @@
 //! Sealing: full blocks of a sequence enter the tree, where equal ones may already be, and at its end
 //! the part of a block that it leaves behind.
 
+use super::cooling::Cooled;
 use super::find::common_prefix;
 use super::{Node, Tree};
 use crate::ids::{NodeId, PageId};
@@ -86,7 +87,7 @@ impl Tree {
         let start = from + range.start as u32;
         let pages = &pages[((start >> self.shift) - (from >> self.shift)) as usize..];
         self.sealed += pages.len();
-        let (quantized, has_tail) = (self.classes.count(pages) as u32, self.has_tail(node));
+        let (quantized, has_tail) = (self.classes.count(pages), self.has_tail(node));
         let end = self.at_mut(node);
         if end.pins == 1 && end.is_leaf() && !end.pages.is_empty() {
             // The block that the tail begins is in `pages`, longer. Nobody else can be copying it.
@@ -95,7 +96,9 @@ impl Tree {
             }
             end.run.extend_from_slice(&tail[range.clone()]);
             end.pages.extend_from_slice(pages);
-            end.quantized += quantized;
+            for (count, more) in end.cooled.quantized.iter_mut().zip(quantized) {
+                *count += more;
+            }
             tail.drain(..range.end);
             self.sealed -= usize::from(has_tail);
             return node;
@@ -111,7 +114,8 @@ impl Tree {
             tail.drain(..range.end).skip(range.start).collect()
         };
         let (parent, pages) = (node, pages.to_vec());
-        let leaf = self.insert(Node { run, pages, start, parent, pins: 1, quantized, ..Node::default() });
+        let cooled = Cooled { quantized, ..Cooled::default() };
+        let leaf = self.insert(Node { run, pages, start, parent, pins: 1, cooled, ..Node::default() });
         self.link(leaf);
         leaf
     }

@@ -30,7 +30,6 @@ impl Tree {
         self.link(node);
         if pins == 0 {
             self.order.push_newer_than(upper, node);
-            self.cool_upper(upper, node);
             self.rank(node);
         }
         upper
@@ -49,14 +48,13 @@ impl Tree {
         self.trim(leaf);
         self.unlink(leaf);
         self.order.remove(leaf);
-        self.cool_merged(parent, leaf);
+        self.warm(leaf);
         self.unrank(leaf);
-        let Node { run, pages, quantized, refused, .. } = std::mem::take(self.at_mut(leaf));
+        let Node { run, pages, cooled, .. } = std::mem::take(self.at_mut(leaf));
         let upper = self.at_mut(parent);
         upper.run.extend_from_slice(&run);
         upper.pages.extend_from_slice(&pages);
-        upper.quantized += quantized;
-        upper.refused += refused;
+        self.join(parent, cooled);
         self.vacate(leaf);
         self.rank(parent);
         Some(parent)

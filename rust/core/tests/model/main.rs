@@ -5,8 +5,8 @@
 //! each step every slot of every sequence must hold what it should. A page that was evicted,
 //! shared or written too early shows up as a wrong digest.
 //!
-//! Pools with quantized pages: whoever fills a plan first copies the sources of its demotions to their targets,
-//! as a codec would, and may find one that cannot be quantized. Plans are filled one at a time then.
+//! Pools with quantized pages: whoever fills a plan first copies the sources of its demotions to their targets, in
+//! order, as a codec would, and may find one that cannot be quantized. Plans are filled one at a time then.
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 #![allow(clippy::similar_names, clippy::type_complexity, reason = "the model speaks of steps, stems and texts")]
@@ -100,7 +100,7 @@ struct Open {
 
 struct Model {
     pool: Pool,
-    full: usize,
+    counts: [usize; 3],
     block: usize,
     texts: Vec<Text>,
     plans: Vec<Open>,
@@ -122,8 +122,8 @@ fn shared(a: &[u32], b: &[u32]) -> usize {
     a.iter().zip(b).take_while(|(a, b)| a == b).count()
 }
 
-fn run(full: usize, quantized: usize, block: usize, keep_tails: bool, steps: Vec<Step>) {
-    walk(Model::new(full, quantized, block, keep_tails), steps);
+fn run(counts: [usize; 3], block: usize, keep_tails: bool, steps: Vec<Step>) {
+    walk(Model::new(counts, block, keep_tails), steps);
 }
 
 fn walk(mut model: Model, steps: Vec<Step>) {
@@ -144,27 +144,36 @@ proptest! {
     fn every_slot_holds_what_was_written_while_pages_are_short(
         pages in 1..24usize, shift in 0..5u32, keep_tails: bool, steps in steps()
     ) {
-        run(pages, 0, 1 << shift, keep_tails, steps);
+        run([pages, 0, 0], 1 << shift, keep_tails, steps);
     }
 
     #[test]
     fn every_slot_holds_what_was_written_while_pages_are_quantized(
         pages in 1..16usize, quantized in 1..24usize, shift in 0..4u32, keep_tails: bool, steps in steps()
     ) {
-        run(pages, quantized, 1 << shift, keep_tails, steps);
+        run([pages, quantized, 0], 1 << shift, keep_tails, steps);
+    }
+
+    #[test]
+    fn every_slot_holds_what_was_written_while_pages_step_down_twice(
+        counts in [1..12usize, 1..8usize, 1..16usize], shift in 0..4u32, keep_tails: bool, steps in steps()
+    ) {
+        run(counts, 1 << shift, keep_tails, steps);
     }
 
     #[test]
     fn every_slot_holds_what_was_written_in_the_learned_order(
-        pages in 1..24usize, quantized in 0..8usize, shift in 0..4u32, keep_tails: bool, steps in steps()
+        pages in 1..24usize, quantized in 0..8usize, lowest in 0..8usize, shift in 0..4u32, keep_tails: bool,
+        steps in steps()
     ) {
-        let mut model = Model::new(pages, quantized, 1 << shift, keep_tails);
+        let lowest = if quantized == 0 { 0 } else { lowest };
+        let mut model = Model::new([pages, quantized, lowest], 1 << shift, keep_tails);
         model.pool.adapt(Adaptive { seed: Some(0), token_weight: 1, learns_at_once: true, is_unguarded: true });
         walk(model, steps);
     }
 
     #[test]
     fn every_stored_token_is_found_while_there_is_room(shift in 0..5u32, keep_tails: bool, steps in steps()) {
-        run(4096, 0, 1 << shift, keep_tails, steps);
+        run([4096, 0, 0], 1 << shift, keep_tails, steps);
     }
 }

@@ -3,15 +3,14 @@
 use super::*;
 
 impl Model {
-    pub(crate) fn new(full: usize, quantized: usize, block: usize, keep_tails: bool) -> Self {
-        let pages = full + quantized;
+    pub(crate) fn new(counts: [usize; 3], block: usize, keep_tails: bool) -> Self {
         Self {
-            pool: Pool::with_quantized(full, quantized, block, keep_tails).unwrap(),
-            full,
+            pool: Pool::with_classes(counts, block, keep_tails).unwrap(),
+            counts,
             block,
             texts: Vec::new(),
             plans: Vec::new(),
-            memory: vec![0; pages * block],
+            memory: vec![0; counts.iter().sum::<usize>() * block],
             sealed: HashSet::new(),
             perhaps: HashSet::new(),
             keep_tails,

@@ -27,7 +27,7 @@ impl Model {
             Ok(plan) => {
                 assert_eq!(plan.num_tokens(), sizes.iter().sum::<usize>());
                 for (source, target) in plan.demotions() {
-                    assert!((source.0 as usize) < self.full && target.0 as usize >= self.full);
+                    assert_eq!(self.class(target.0), self.class(source.0) + 1, "no step, or two at once");
                     assert!(!read.contains(&source.0), "a page was taken that another step reads");
                 }
                 let mut rows = Vec::new();
@@ -52,6 +52,11 @@ impl Model {
                 assert_eq!(before, self.snapshot(), "a refused plan left a trace");
             }
         }
+    }
+
+    fn class(&self, page: u32) -> usize {
+        let [full, quantized, _] = self.counts;
+        usize::from(page as usize >= full) + usize::from(page as usize >= full + quantized)
     }
 
     /// The pages of a text that is not closed, or waits to be.
@@ -81,12 +86,24 @@ impl Model {
         let (mut tables, mut slots) = (vec![-1; width * rows.len()], vec![-1; plan.num_tokens()]);
         self.pool.fill(&mut plan, &mut tables, width, &mut slots, &mut vec![-1; 2 * rows.len()]).unwrap();
         if for_good {
-            let refused = which % plan.demotions().len();
-            for (_, (source, target)) in plan.demotions().enumerate().filter(|(index, _)| *index != refused) {
-                self.copy(source.0, target.0);
+            let moves: Vec<(u32, u32)> = plan.demotions().map(|(source, target)| (source.0, target.0)).collect();
+            let refused = which % moves.len();
+            // What is written at once with the one that is refused is tried, too.
+            let mut tried = refused + 1;
+            let is_apart = |page: u32| moves[refused..tried].iter().all(|(a, b)| page != *a && page != *b);
+            if moves.get(tried).is_some_and(|(a, b)| is_apart(*a) && is_apart(*b)) && which.is_multiple_of(2) {
+                tried += 1;
             }
-            let (_, target) = plan.demotions().nth(refused).unwrap();
-            self.pool.refuse(plan, &[target]);
+            for (index, (source, target)) in moves[..tried].iter().enumerate() {
+                if index == refused {
+                    // It means nothing now.
+                    let start = *target as usize * self.block;
+                    self.memory[start..start + self.block].fill(u64::MAX);
+                } else {
+                    self.copy(*source, *target);
+                }
+            }
+            self.pool.refuse(plan, tried, &[refused]);
         } else {
             self.pool.abandon(plan);
         }
@@ -124,7 +141,7 @@ impl Model {
             let table = &tables[row * width..(row + 1) * width];
             for position in *length..length + count {
                 let slot = *slot.next().unwrap() as usize;
-                assert!(slot < self.full * self.block, "a quantized page is written");
+                assert!(slot < self.counts[0] * self.block, "a quantized page is written");
                 assert_eq!(slot, table[position / self.block] as usize * self.block + position % self.block);
                 self.memory[slot] = digest(text.namespace, &text.tokens[..=position]);
             }

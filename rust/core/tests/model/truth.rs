@@ -28,8 +28,10 @@ impl Model {
         assert_eq!(now.free_pages + now.mutable_pages + now.sealed_pages, now.num_pages);
         // Until a plan is filled, what its demotions move still lies where it was.
         let unfilled = self.plans.iter().filter(|open| !open.filled);
-        let moving: HashMap<u32, u32> =
-            unfilled.flat_map(|open| open.plan.demotions()).map(|(source, target)| (target.0, source.0)).collect();
+        let mut moving: HashMap<u32, u32> = HashMap::new();
+        for (source, target) in unfilled.flat_map(|open| open.plan.demotions()) {
+            moving.insert(target.0, moving.get(&source.0).copied().unwrap_or(source.0));
+        }
         for open in self.plans.iter().filter(|open| open.filled) {
             for ((of, length, count), table) in open.rows.iter().zip(&open.tables).filter(|(row, _)| row.2 > 0) {
                 let text = &self.texts[*of];
@@ -102,7 +104,5 @@ impl Model {
         assert_eq!(self.pool.num_free(), pages);
         assert_eq!(self.pool.statistics().nodes, 0);
         self.pool.check().unwrap();
-        let st = self.pool.statistics();
-        if st.num_quantized_pages > 0 {}
     }
 }
