@@ -13,10 +13,13 @@ from embedded.corpus import conversations
 from embedded.measure import encode, validation_loss
 from embedded.muon import Muon
 
-PHASES = ((0.80, 256), (0.92, 512), (0.97, 2048), (1.0, 4096))
-"""(until this share of the steps, window in tokens). Short windows are cheap and teach almost
-everything; the long ones at the end are for distant positions. The best step by windows of 256 can
-come before them, as the shipped weights' does: what was kept learnt from 512 tokens at most."""
+PHASES = ((0.40, (256,)), (0.55, (512,)), (1.0, (*7 * (1024,), 4096)))
+"""(until this share of the steps, windows in tokens, taken in turn). Short windows are cheap and teach
+almost everything; from there on the model learns in the context that it is measured and shown in, and a
+few windows as long as its positions reach keep the distant ones from being noise."""
+
+VALIDATION_WINDOW = 1024
+"""Tokens; the windows whose validation loss chooses the weights that are kept."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class Recipe:
     """What a run depends on, besides the text."""
 
     seed: int = 0
-    steps: int = 800
+    steps: int = 1600
     batch_tokens: int = 4096
     vocab_size: int = 1024
     context: int = 4096
     muon_lr: float = 0.02
     adamw_lr: float = 0.003
     weight_decay: float = 0.1
-    dropout: float = 0.25
+    dropout: float = 0.3
     chat_share: float = 0.12
     constant_share: float = 0.3
     eval_every: int = 100
@@ -110,7 +113,8 @@ class Windows:
     def draw(self, step: int) -> tuple[Tensor, Tensor]:
         """Return inputs and next tokens, int64 [batch, window] each, of `batch_tokens` in all."""
         done = (step + 1) / self._recipe.steps
-        window = next(size for until, size in PHASES if done <= until)
+        sizes = next(sizes for until, sizes in PHASES if done <= until)
+        window = sizes[step % len(sizes)]
         rows = []
         for _ in range(self._recipe.batch_tokens // window):
             is_chat = torch.rand((), generator=self._generator).item() < self._recipe.chat_share
@@ -154,7 +158,7 @@ def train(
             optimizer.zero_grad()
         validation = None
         if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.steps:
-            validation = validation_loss(model, tokenizer, validation_text, window=256).per_byte
+            validation = validation_loss(model, tokenizer, validation_text, VALIDATION_WINDOW).per_byte
             if validation < best:
                 best, best_step = validation, step + 1
                 best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

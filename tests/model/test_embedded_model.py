@@ -142,10 +142,10 @@ def test_validation_loss_is_what_the_card_says(loaded: Loaded) -> None:
     ids = torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
     total = 0.0
     with torch.inference_mode():
-        for start in range(0, len(ids) - 1, 16 * 256):
-            inputs, targets = ids[:-1][start : start + 16 * 256], ids[1:][start : start + 16 * 256]
-            # The last window of 256 is padded behind its end, where nothing that is scored sees it.
-            inputs = functional.pad(inputs, (0, -len(inputs) % 256)).view(-1, 256)
+        for start in range(0, len(ids) - 1, 4 * 1024):
+            inputs, targets = ids[:-1][start : start + 4 * 1024], ids[1:][start : start + 4 * 1024]
+            # The last window of 1,024 is padded behind its end, where nothing that is scored sees it.
+            inputs = functional.pad(inputs, (0, -len(inputs) % 1024)).view(-1, 1024)
             logits = model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)[: len(targets)]
             total += functional.cross_entropy(logits, targets, reduction="sum").item()
     first = len(tokenizer.decode(ids[:1].tolist()).encode())
