@@ -3,7 +3,8 @@
 A prefix of 768 tokens is quantized whole, and the next 256 are scored; windows begin every 256 tokens, so
 that no token is scored twice. Once as the model is, and once with one pair of key channels of every KV head
 scaled up 20 times and the queries' down alike: the same function, with the outlier channels that larger
-models have. ``_512``: prefixes of 384 and 128 scored. ``_kl``: mean divergence of next tokens, nats.
+models have. ``_512``: prefixes of 384 and 128 scored. ``_kl``: mean divergence of next tokens, nats;
+``_error``: the standard error of a change, percent.
 
 The text is the last tenth of the one that the model learnt the rest of (and whose checkpoint it chose).
 quanto and hqq go through transformers' layers, in groups of 64: ``quanto4`` and ``hqq4`` as transformers
@@ -130,6 +131,7 @@ def main() -> None:
         for name, quality in found.items():
             figures[f"{name}_ppl{suffix}"] = 100 * quality.change
             figures[f"{name}_kl{suffix}"] = quality.divergence
+            figures[f"{name}_error{suffix}"] = 100 * quality.error
             if quality.refused_pages:
                 raise SystemExit(f"{name}: {quality.refused_pages} pages refused")
     print(file=sys.stderr)

@@ -9,7 +9,7 @@ import torch
 from families import VOCAB, make_model
 
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
-from kvhybrid.model.perplexity import Compressed, Quantized, can_be_shortened, measure_quality
+from kvhybrid.model.perplexity import Compressed, Quantized, can_be_shortened, judge, measure_quality
 from kvhybrid.presets import CompressionScorer
 
 
@@ -37,6 +37,19 @@ def test_full_precision_is_what_the_model_says_without_a_cache(family):
     )
     assert found["same"].change == 0
     assert found["same"].divergence == 0
+
+
+def test_the_error_of_a_change_is_that_of_the_mean_of_its_windows():
+    """Of changes that cost the windows alike there is none, whatever the windows themselves cost."""
+    reference = torch.tensor([3.0, 5.0, 4.0], dtype=torch.float64)
+    even = judge(reference + 0.125, reference, divergence=0.0, refused_pages=0)
+    assert even.change == pytest.approx(math.expm1(0.125))
+    assert even.error == 0
+    worse = torch.tensor([0.0, 0.3, 0.0], dtype=torch.float64)
+    uneven = judge(reference + worse, reference, divergence=0.0, refused_pages=0)
+    assert uneven.change == pytest.approx(math.expm1(0.1))
+    assert uneven.error == pytest.approx(math.exp(0.1) * 0.1)  # deviation sqrt(0.03), three windows
+    assert math.isnan(judge(reference[:1], reference[:1], divergence=0.0, refused_pages=0).error)
 
 
 def test_fewer_bits_cost_more_and_losing_the_prefix_costs_most():

@@ -6,14 +6,13 @@ to a prefix is ``kvhybrid.model.perplexity``'s.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from kvhybrid.cache.measured import input_device
 from kvhybrid.errors import InvalidRequestError
-from kvhybrid.model.perplexity import Quality
+from kvhybrid.model.perplexity import Quality, judge, window_nats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,29 +61,34 @@ def measure_compression(
         raise InvalidRequestError(f"the text has {len(ids)} tokens, and a window takes {length}")
     rows = ids[: whole * length].view(whole, length)[:windows]
     names = {str(setting): setting for setting in settings}
-    nats, divergence = dict.fromkeys((WHOLE, *names), 0.0), dict.fromkeys(names, 0.0)
+    nats: dict[str, list[torch.Tensor]] = {name: [] for name in (WHOLE, *names)}
+    divergence = dict.fromkeys(names, 0.0)
     for batch in rows.to(input_device(attachment.model)).split(batch_size):
         session = attachment.session("")
         try:
             attachment.model(input_ids=batch[:, :prefix], past_key_values=session)
             truth = _guesses(attachment, session, None, batch[:, prefix:-1])
-            targets = batch[:, prefix + 1 :, None]
-            nats[WHOLE] -= float(truth.gather(-1, targets).double().sum())
+            targets = batch[:, prefix + 1 :]
+            nats[WHOLE].append(window_nats(truth, targets))
             for name, setting in names.items():
                 guesses = _guesses(attachment, session, setting, batch[:, prefix:-1])
-                nats[name] -= float(guesses.gather(-1, targets).double().sum())
+                nats[name].append(window_nats(guesses, targets))
                 further = torch.nn.functional.kl_div(guesses, truth, reduction="sum", log_target=True)
                 divergence[name] += float(further)
         finally:
             session.close()
         tick()
-    count = len(rows) * scored
-    reference = nats[WHOLE] / count
-    found = {WHOLE: Quality(math.exp(reference), 0.0, 0.0, 0)}
-    for name in names:
-        worse = math.expm1(nats[name] / count - reference)
-        found[name] = Quality(math.exp(nats[name] / count), worse, divergence[name] / count, 0)
-    return found
+    windows_nats = {name: torch.cat(found) for name, found in nats.items()}
+    scored_tokens = len(rows) * scored
+    return {
+        name: judge(
+            found,
+            windows_nats[WHOLE],
+            divergence=divergence.get(name, 0.0) / scored_tokens,
+            refused_pages=0,
+        )
+        for name, found in windows_nats.items()
+    }
 
 
 def _guesses(

@@ -42,6 +42,8 @@ class Quality(NamedTuple):
     """Mean Kullback-Leibler divergence from full precision's next tokens, nats."""
     refused_pages: int
     """Pages that the change left in full precision."""
+    error: float
+    """Standard error of ``change`` over the windows; NaN of a single one."""
 
 
 class Quantized:
@@ -125,7 +127,7 @@ def measure_quality(
     if len(ids) < length:
         raise InvalidRequestError(f"the text has {len(ids)} tokens, and a window takes {length}")
     rows = ids.unfold(0, length, scored)[:windows]
-    nats = dict.fromkeys(("full precision", *changes), 0.0)
+    nats: dict[str, list[torch.Tensor]] = {name: [] for name in ("full precision", *changes)}
     divergence = dict.fromkeys(changes, 0.0)
     for batch in rows.split(batch_size):
         kept = _prefilled(model, batch[:, :prefix])
@@ -143,21 +145,40 @@ def measure_quality(
                 input_ids=batch[:, prefix:-1].to(kept.device), past_key_values=cache, **positions
             ).logits
             guesses = torch.log_softmax(logits.float(), -1)
-            nats[name] -= float(guesses.gather(-1, targets[..., None]).double().sum())
+            nats[name].append(window_nats(guesses, targets))
             if truth is None:
                 truth = guesses
             else:
                 further = torch.nn.functional.kl_div(guesses, truth, reduction="sum", log_target=True)
                 divergence[name] += float(further)
         tick()
-    count = len(rows) * scored
-    reference = nats["full precision"] / count
-    found = {"full precision": Quality(math.exp(reference), 0.0, 0.0, 0)}
-    for name, change in changes.items():
-        worse = math.expm1(nats[name] / count - reference)
-        refused = getattr(change, "refused_pages", 0)
-        found[name] = Quality(math.exp(nats[name] / count), worse, divergence[name] / count, refused)
-    return found
+    windows_nats = {name: torch.cat(found) for name, found in nats.items()}
+    return {
+        name: judge(
+            found,
+            windows_nats["full precision"],
+            divergence=divergence.get(name, 0.0) / len(rows) / scored,
+            refused_pages=getattr(changes.get(name), "refused_pages", 0),
+        )
+        for name, found in windows_nats.items()
+    }
+
+
+def window_nats(guesses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return nats a token of every window, float64 ``[rows]``.
+
+    ``guesses``: log-probabilities ``[rows, tokens, vocabulary]``; ``targets``: int64 ``[rows, tokens]``.
+    """
+    return -guesses.gather(-1, targets[..., None])[..., 0].double().mean(-1).cpu()
+
+
+def judge(nats: torch.Tensor, reference: torch.Tensor, *, divergence: float, refused_pages: int) -> Quality:
+    """Return what a change cost whose windows took ``nats`` ``[windows]``, and ``reference`` without it."""
+    worse = nats - reference
+    change = math.expm1(worse.mean())
+    # Of the same windows, so that what is hard about a text counts for neither.
+    error = (1 + change) * float(worse.std()) / len(worse) ** 0.5 if len(worse) > 1 else math.nan
+    return Quality(math.exp(nats.mean()), change, divergence, refused_pages, error)
 
 
 def can_be_shortened(model: PreTrainedModel) -> bool:
