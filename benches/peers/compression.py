@@ -1,6 +1,6 @@
 """What compression costs the embedded model: perplexity by scorer and share kept, beside kvpress.
 
-Held-out text in windows of 384 tokens, which are compressed, and the next 128, which are scored. Ours keeps
+Held-out text in windows of 768 tokens, which are compressed, and the next 256, which are scored. Ours keeps
 the first 4 and the last 32 tokens whatever their scores; kvpress, where it is installed, keeps as many tokens
 and protects what each press protects by itself. A figure is the change of perplexity in percent: a model this
 small, on verse, goes by what is near, so recency looks better here than it is; the divergence from its own
@@ -26,8 +26,7 @@ from kvhybrid.presets import CompressionScorer
 
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinyshakespeare.txt"
 HELD_OUT = 0.9  # what lies behind this share of the text was not trained on
-# As much as the model was trained on: behind more, it gains from whatever is taken away.
-PREFIX, SCORED = 384, 128
+PREFIX, SCORED = 768, 256
 KEPT = (0.75, 0.5, 0.25, 0.125)
 BATCH = 4
 PRESSES = {
