@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-PEERS = Path(__file__).parent / "peers"
+HERE = Path(__file__).parent
+PEERS = HERE / "peers"
 
 # bench, what is measured, and its cell: figures by name, formatted; a row is left out when one is missing
 TTFT = (
@@ -27,6 +28,10 @@ COLD = "{overhead_128:.3f} times the model's own time; 2,048 in: {overhead_2k:.3
 WARM = "{shared_2k_ours_ms:,.0f} ms; untouched model {shared_2k_plain_ms:,.0f}"
 LAYER = "{layer8b_bf16_ours_us:,.0f} us; torch as called {layer8b_bf16_called_us:,.0f}"
 CODEC = "{f32_int8_quantize_gb_per_s:.0f} / {f32_int8_dequantize_gb_per_s:.0f} GB/s"
+LADDER = (
+    "{lru_warm_sessions:.0f} / {paged_warm_sessions:.0f} / {adaptive_warm_sessions:.0f} of {sessions:.0f}; "
+    "perplexity {paged_ppl:+.3f} / {adaptive_ppl:+.3f} %"
+)
 EVICTING = "{evicting_128_us:.1f} / {evicting_32768_us:.1f} us, {victim_us:.2f} us a victim"
 ROWS = [
     ("replay", "conversations replayed", "{requests_per_s:,.0f} requests/s, hit ratio {hit_ratio:.3f}"),
@@ -45,6 +50,7 @@ ROWS = [
     ("decode", "attention of one Llama-8B layer at 8k, bfloat16", LAYER),
     ("codec", "a page to 8 bits and back, float32", CODEC),
     ("evict", "a victim of 300,000 pages, learned order", "{victim_us_300k:.2f} us"),
+    ("ladder", "conversations warm in equal bytes, LRU / PAGED / ADAPTIVE at 4 bits", LADDER),
 ]
 
 
@@ -52,7 +58,8 @@ def run(bench: str, *, quick: bool) -> dict[str, Any]:
     """Run one bench and return its report."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        command = [sys.executable, str(PEERS / f"{bench}.py"), "--json", str(report)]
+        script = next(path for place in (PEERS, HERE) if (path := place / f"{bench}.py").is_file())
+        command = [sys.executable, str(script), "--json", str(report)]
         subprocess.run([*command, *(["--quick"] if quick else [])], check=True, stdout=sys.stderr)
         found: dict[str, Any] = json.loads(report.read_text(encoding="utf-8"))
         return found
@@ -69,7 +76,7 @@ def render(reports: dict[str, dict[str, Any]]) -> str:
             figures = reports[bench]["figures"]
             try:
                 lines.append(f"| {what.format(**figures)} | {cell.format(**figures)} |")
-            except KeyError:  # not measured on this machine: bfloat16 on a CPU that does not compute it
+            except KeyError:  # not measured here: no text, or bfloat16 on a CPU that does not compute it
                 continue
     today = dt.datetime.now(tz=dt.UTC).date()
     lines += ["", f"`make bench`, {today}: {machine['cpu']}, {machine['cores']} cores, {versions}."]
