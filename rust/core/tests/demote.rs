@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use kvhybrid_core::{Error, Namespace, OpenOptions, Plan, Pool, SequenceId};
+use kvhybrid_core::{Adaptive, Error, Namespace, OpenOptions, Plan, Pool, SequenceId};
 
 const OPEN: OpenOptions = OpenOptions { namespace: Namespace(0), reuse: true, share: true, align: 1 };
 
@@ -378,4 +378,47 @@ fn a_running_text_steps_down_before_what_is_in_the_last_class_leaves() {
     }
     let classes: Vec<u32> = table(&pool, id).iter().map(|page| u32::from(*page >= 3) + u32::from(*page >= 6)).collect();
     assert_eq!(classes, [2, 2, 2, 1, 1, 1, 0, 0, 0]);
+}
+
+/// Texts that come back, and at last are used a little less lately than a crowd of others that never do.
+fn regulars_and_strangers(learned: bool) -> (usize, usize) {
+    let mut pool = Pool::with_classes([16, 16, 32], 4, true).unwrap();
+    if learned {
+        pool.adapt(Adaptive { seed: Some(0), token_weight: 1, learns_at_once: true, is_unguarded: true });
+    }
+    let mut now = 1_000_000;
+    let mut ask = |pool: &mut Pool, start: u32| {
+        now += 1_000_000;
+        pool.set_time(now);
+        let id = open(pool, start..start + 9);
+        let step = plan(pool, id);
+        pool.commit(step);
+        pool.close(id);
+    };
+    let regulars = [0, 100, 200, 300];
+    for round in 0..200 {
+        for start in regulars {
+            ask(&mut pool, start);
+        }
+        ask(&mut pool, 1000 + 100 * round);
+    }
+    for stranger in 0..4 {
+        ask(&mut pool, 100_000 + 100 * stranger);
+    }
+    let id = open(&mut pool, 1_000_000..1_000_024);
+    let step = plan(&mut pool, id);
+    pool.commit(step);
+    pool.check().unwrap();
+    let full = |pages: Vec<u32>| pages[..2].iter().filter(|page| **page < 16).count();
+    let regulars = regulars.map(|start| full(cached_pages(&mut pool, start..start + 9)));
+    let strangers = [0, 1, 2, 3].map(|it| full(cached_pages(&mut pool, 100_000 + 100 * it..100_000 + 100 * it + 9)));
+    (regulars.iter().sum(), strangers.iter().sum())
+}
+
+#[test]
+fn in_the_learned_order_those_who_come_back_step_down_after_those_who_never_did() {
+    let (regulars, strangers) = regulars_and_strangers(false);
+    assert!(strangers > regulars, "by age {regulars} pages of regulars are whole, {strangers} of strangers");
+    let (regulars, strangers) = regulars_and_strangers(true);
+    assert!(regulars > strangers, "learned, {regulars} pages of regulars are whole, {strangers} of strangers");
 }

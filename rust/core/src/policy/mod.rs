@@ -20,7 +20,8 @@ pub(crate) use lru::{Lru, Recency};
 pub use survival::{Lesson, Rule};
 pub(crate) use survival::{Memory, Survival, Turn};
 
-/// Who leaves next, among leaves that nobody pins. What is not implemented is what recency does.
+/// Who leaves next, among leaves that nobody pins, and who steps down before. What is not implemented is what
+/// recency does.
 ///
 /// Pages have numbers, and so have blocks that left: the slots of [`History`]. What a policy knows of either
 /// it keeps by these.
@@ -40,6 +41,14 @@ pub(crate) trait Policy: Send {
 
     /// The leaf to take from; none is the least recently used.
     fn lowest(&mut self, _now: u64) -> Option<NodeId> {
+        None
+    }
+
+    /// A node that nobody pins would give this page of a class to the class below, or has none to give.
+    fn cool(&mut self, _class: usize, _node: NodeId, _next: Option<PageId>) {}
+
+    /// The node whose page of a class steps down next; none is the one that was let go of first.
+    fn coldest(&mut self, _class: usize, _now: u64) -> Option<NodeId> {
         None
     }
 
@@ -85,6 +94,16 @@ pub(crate) trait Policy: Send {
 
     /// True when a leaf stands where its deepest page does.
     fn is_ranked_as(&self, _node: NodeId, _deepest: PageId) -> bool {
+        false
+    }
+
+    /// Nodes that have pages of a class to give, where these are ranked.
+    fn num_cooling(&self, _class: usize) -> Option<usize> {
+        None
+    }
+
+    /// True when a node stands where the page does that it gives next.
+    fn is_cooling_as(&self, _class: usize, _node: NodeId, _next: PageId) -> bool {
         false
     }
 

@@ -76,11 +76,17 @@ impl Pool {
         self.tree.policy.relocate(from, to);
     }
 
-    /// Write down what is known of the blocks in a plan's victims, from the `first` one on.
-    pub(super) fn note_victims(&mut self, plan: &mut Plan, first: usize) {
+    /// When a plan's victims, and those who step down, are chosen: asked of the clock once.
+    pub(super) fn moment(&mut self, plan: &mut Plan) -> u64 {
         if plan.left == 0 {
             plan.left = self.clock.now();
         }
+        plan.left
+    }
+
+    /// Write down what is known of the blocks in a plan's victims, from the `first` one on.
+    pub(super) fn note_victims(&mut self, plan: &mut Plan, first: usize) {
+        self.moment(plan);
         let pages = &plan.victim_pages[first..];
         plan.keys.extend(pages.iter().map(|page| self.history.key(*page)));
         self.tree.policy.remember(pages, &mut plan.memories);

@@ -88,7 +88,8 @@ impl Pool {
     fn take_gifts(&mut self, plan: &mut Plan, needed: usize, mut supply: Supply) {
         let mut targets = self.make_targets(plan, needed - plan.reserved.len(), &mut supply);
         while plan.reserved.len() + plan.num_given < needed {
-            if let Some(Gift::Tail(node)) = self.tree.coldest(0) {
+            let now = self.moment(plan);
+            if let Some(Gift::Tail(node)) = self.tree.coldest(0, now) {
                 let first = plan.victim_pages.len();
                 self.tree.condemn_tail(node, &mut plan.victim_pages, &mut plan.victims);
                 self.claim(plan, first);
@@ -132,7 +133,8 @@ impl Pool {
 
     /// Demote the coldest page of a class, else one that is held, into `target`.
     fn step_down(&mut self, plan: &mut Plan, supply: &mut Supply, class: usize, (target, origin): (PageId, Origin)) {
-        let candidate = if let Some(Gift::Whole(node, index)) = self.tree.coldest(class) {
+        let now = self.moment(plan);
+        let candidate = if let Some(Gift::Whole(node, index)) = self.tree.coldest(class, now) {
             let (page, block) = (self.tree.page_at(node, index), self.tree.block_of(node, index));
             Candidate { page, block, place: Some((node, index)) }
         } else if let Some(candidate) = supply.held[class].pop() {
@@ -158,8 +160,7 @@ impl Pool {
     /// Evict until nobody else must leave: until there are as many quantized pages as are still lacking, or can
     /// be had by steps further down, and as many pages to demote into them.
     fn evict_for(&mut self, plan: &mut Plan, needed: usize, supply: &mut Supply) {
-        let now = self.clock.now();
-        plan.left = now;
+        let now = self.moment(plan);
         plan.cause = Some(self.tree.policy.cause());
         loop {
             let short = needed - plan.reserved.len();

@@ -46,9 +46,17 @@ impl Tree {
                         given[class] += count;
                         let waits = waiting.remove(&(class, node));
                         hold!(waits == (count > 0), "{node:?} gives {count} of {class} and waits: {waits}");
+                        let next = self.can_cool(node, class).next().map(|(_, page)| page).or(it.pages.last().copied());
+                        let is_ranked = next.is_some_and(|page| self.policy.is_cooling_as(class, node, page));
+                        let is_told = self.policy.num_cooling(class).is_none() || !waits || is_ranked;
+                        hold!(is_told, "{node:?} does not stand where {next:?} does, which it gives next");
                     }
                 }
             }
+        }
+        for (class, order) in self.cooling.iter().enumerate() {
+            let (ranked, nodes) = (self.policy.num_cooling(class), order.iter().count());
+            hold!(ranked.is_none_or(|ranked| ranked == nodes), "{ranked:?} nodes ranked to give {class} of {nodes}");
         }
         hold!(waiting.is_empty(), "nodes that are pinned or gone wait: {waiting:?}");
         let counted = [self.num_given(0), self.num_given(1)];

@@ -1,5 +1,6 @@
 //! The second order: nodes that nobody pins and that have pages to give to the next class down, by age, for each
-//! class; and how many pages those are. Kept as nodes are pinned, cut, joined, condemned and restored.
+//! class; and how many pages those are. Kept as nodes are pinned, cut, joined, condemned and restored, and the
+//! policy told of it.
 
 use super::Tree;
 use super::cooling::{Cooled, NEXT};
@@ -53,6 +54,7 @@ impl Tree {
             let waits = std::mem::take(&mut self.nodes[node.index()].cooled.waits[class]);
             if waits > 0 {
                 order.count(node, stamp, waits as usize, 0);
+                self.policy.cool(class, node, None);
             }
         }
     }
@@ -67,7 +69,23 @@ impl Tree {
             let Cooled { waits, stamp, .. } = &mut self.nodes[node.index()].cooled;
             let before = std::mem::replace(&mut waits[class], now as u32) as usize;
             self.cooling[class].count(node, *stamp, before, now);
+            self.tell(node, class);
         }
+    }
+
+    /// Let the policy know which page a node gives next, whichever of the orders rules.
+    fn tell(&mut self, node: NodeId, class: usize) {
+        if !self.policy.learns() {
+            return;
+        }
+        let next = if self.at(node).cooled.waits[class] == 0 {
+            None
+        } else {
+            let index = self.next_to_cool(node, class);
+            let pages = &self.at(node).pages;
+            index.map_or(pages.last(), |index| pages.get(index)).copied()
+        };
+        self.policy.cool(class, node, next);
     }
 
     /// Count what the pages that were cut off a node, now `upper`, take away from what is left in it.

@@ -1,7 +1,7 @@
 //! Demotion: the page of a whole block gives its place to a copy of it in the next class down.
 //!
 //! Nodes that nobody pins and that have pages to give wait in an order of their own, one a class, `cooling`, by
-//! age. A node gives its earliest pages first, and its tail, the part of a block, last: a tail is never
+//! age; a policy may rank them by the page that each gives next, and name another than the oldest. A node gives its earliest pages first, and its tail, the part of a block, last: a tail is never
 //! quantized, it leaves. Pages that the codec refused are not given: they stay in their class until evicted.
 
 use super::{Node, Tree, Victim};
@@ -27,15 +27,15 @@ impl Tree {
     }
 
     /// What the coldest node with pages of a class to give gives next.
-    pub(crate) fn coldest(&mut self, class: usize) -> Option<Gift> {
-        let node = self.cooling[class].coldest()?;
+    pub(crate) fn coldest(&mut self, class: usize, now: u64) -> Option<Gift> {
+        let node = self.policy.coldest(class, now).or_else(|| self.cooling[class].coldest())?;
         Some(match self.next_to_cool(node, class) {
             Some(index) => Gift::Whole(node, index),
             None => Gift::Tail(node),
         })
     }
 
-    fn next_to_cool(&mut self, node: NodeId, class: usize) -> Option<usize> {
+    pub(super) fn next_to_cool(&mut self, node: NodeId, class: usize) -> Option<usize> {
         let index = self.can_cool(node, class).next().map(|(index, _)| index);
         let it = self.at(node);
         let seen = index.unwrap_or(self.num_whole(node).min(it.pages.len()));

@@ -18,7 +18,7 @@ mod score;
 mod shadow;
 
 use super::{Cause, History, Policy};
-use crate::ids::{NodeId, PageId};
+use crate::ids::{NodeId, PageId, STEPS};
 use curves::{BUCKETS, Curves};
 pub(crate) use features::Turn;
 use features::{OWN, Request};
@@ -84,6 +84,8 @@ pub(crate) struct Survival {
     /// By slot of the history.
     ghosts: Vec<Mark>,
     ranking: Ranking,
+    /// Nodes by the page that each would give to the class below, for each class.
+    cooling: [Ranking; STEPS],
     records: Records,
     score: Score,
     curves: Curves,
@@ -124,6 +126,7 @@ impl Survival {
             standings: vec![Standing::default(); num_pages],
             ghosts: Vec::new(),
             ranking: Ranking::new(weights),
+            cooling: [0; STEPS].map(|_| Ranking::new(weights)),
             records: Records::new(num_pages),
             score: Score::new(),
             curves: Curves::new(),
@@ -199,6 +202,17 @@ impl Policy for Survival {
         self.ranking.lowest(&self.curves, now).map(NodeId)
     }
 
+    fn cool(&mut self, class: usize, node: NodeId, next: Option<PageId>) {
+        self.cooling[class].set(node.0, next.map(|page| self.standings[page.index()]));
+    }
+
+    fn coldest(&mut self, class: usize, now: u64) -> Option<NodeId> {
+        if !self.guard.rules() {
+            return None;
+        }
+        self.cooling[class].lowest(&self.curves, now).map(NodeId)
+    }
+
     fn alike(&self, pages: &[PageId]) -> usize {
         let standing = |page: &PageId| self.standings[page.index()];
         let Some(last) = pages.last().map(standing) else { return 0 };
@@ -211,6 +225,14 @@ impl Policy for Survival {
 
     fn is_ranked_as(&self, node: NodeId, deepest: PageId) -> bool {
         self.ranking.get(node.0) == Some(self.standings[deepest.index()])
+    }
+
+    fn num_cooling(&self, class: usize) -> Option<usize> {
+        Some(self.cooling[class].len())
+    }
+
+    fn is_cooling_as(&self, class: usize, node: NodeId, next: PageId) -> bool {
+        self.cooling[class].get(node.0) == Some(self.standings[next.index()])
     }
 
     fn rule(&self) -> Option<Rule> {
@@ -268,6 +290,7 @@ impl Policy for Survival {
         (self.marks.capacity() + self.ghosts.capacity()) * size_of::<Mark>()
             + self.standings.capacity() * size_of::<Standing>()
             + self.ranking.bytes()
+            + self.cooling.iter().map(Ranking::bytes).sum::<usize>()
             + self.records.bytes()
             + size_of::<Score>()
             + self.curves.bytes()
