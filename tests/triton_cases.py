@@ -326,7 +326,7 @@ def model_error(device: torch.device) -> dict[str, float]:
 
 
 def quantized_error(device: torch.device) -> dict[str, float]:
-    """Return how far logits are off behind a session whose old pages were quantized, told what they hold."""
+    """Return how far logits are off behind a session whose old pages stepped down, told what they hold."""
     from families import make_model, prompt
     from transformers import DynamicCache
 
@@ -338,7 +338,12 @@ def quantized_error(device: torch.device) -> dict[str, float]:
 
     model = make_model("llama").to(device)
     config = KVCacheConfig(
-        max_tokens=512, block_size=16, use_quantization=True, quantization_bits=4, _env_file=None
+        max_tokens=512,
+        block_size=16,
+        cache_strategy="paged",
+        use_quantization=True,
+        quantization_bits=4,
+        _env_file=None,
     )
     cache = KVCache.for_model(model, config)
     with Attachment(model, cache, Route.PAGED, "test").install() as attachment, torch.no_grad():
@@ -350,8 +355,8 @@ def quantized_error(device: torch.device) -> dict[str, float]:
             past.update(layer.keys.clone(), layer.values.clone(), index)
         found, expected = (model(ids, past_key_values=held).logits for held in (session, past))
         table = np.frombuffer(session.rows.rows.sequences[0].block_table(), np.int32)
-        cold = int((table >= cache.storage.num_full).sum())
-    return {"error": float((found - expected).abs().max()), "cold": cold}
+        at = [sum(page in records for page in table.tolist()) for records in cache.storage.records]
+    return {"error": float((found - expected).abs().max()), "int8": at[0], "int4": at[1]}
 
 
 def teach_bfloat16() -> None:
