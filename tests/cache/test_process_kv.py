@@ -66,6 +66,7 @@ def test_the_first_slice_comes_back_to_the_bit():
         "tokens": 7,
         "bytes": 2 * 7 * HEADS * (WIDTH + VALUE_WIDTH) * 4,
         "codec": "float32",
+        "positions": None,
         "evicted": 0,
     }
 

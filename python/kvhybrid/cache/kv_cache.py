@@ -80,7 +80,7 @@ class KVCache:
             self.storage.settled = self._collector.look
         self.compressed = Holders()
         self.storage.make_room = self.compressed.make_room
-        self._tensors = TensorSessions(self.pool, self.storage)
+        self._tensors = TensorSessions(self.pool, self.storage, self.config, self.compressed)
         self._cleared_pages = 0
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
         self._lock = threading.RLock()
@@ -184,13 +184,18 @@ class KVCache:
         Returns K and V ``[batch, num_kv_heads, end, width]``, fresh tensors in the caller's dtype, equal to
         the bit to what went in unless the cache's dtype is narrower, and a ``SliceMetadata``.
 
+        With ``use_compression`` a session keeps a share of its old positions once every layer has come to the
+        same end: later calls return what is left, each head its own, the last positions whole and in order,
+        and ``positions`` says which.
+
         A session begins with its first slice and keeps its pages until ``drop_session`` or
         ``truncate_kv``: it is never evicted. Calls of several threads to one session follow each other.
 
         Whatever is raised, nothing was stored: ``LayoutError`` for shapes, dtypes, devices and another
-        batch size; ``InvalidRequestError`` for positions that leave a gap, and for NaN, infinities and
-        numbers that the cache's dtype cannot hold; ``OutOfMemoryError`` when there is no room after
-        evicting what may leave and trying once more; ``ClosedError``.
+        batch size; ``InvalidRequestError`` for positions that leave a gap or end where some were removed,
+        and for NaN, infinities and numbers that the cache's dtype cannot hold; ``OutOfMemoryError`` when
+        there is no room after evicting what may leave and trying once more; ``UnsupportedError`` for a
+        ``compression_scorer`` that asks for queries; ``ClosedError``.
         """
         return self._tensors.process(key, value, cache_position, layer_idx, (tenant, session_id))
 

@@ -7,14 +7,24 @@ evicted, and leave when their session is truncated or dropped. What makes room i
 
 from __future__ import annotations
 
+import logging
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, SupportsIndex, TypedDict
 
+from kvhybrid.cache.compress.scorers import NEED_QUERIES
 from kvhybrid.cache.memory import is_out_of_memory
 from kvhybrid.cache.slices import as_stored, check_slice, read_start, whole_number
 from kvhybrid.cache.tensor_session import TensorSession
-from kvhybrid.errors import CapacityError, ClosedError, InvalidRequestError, LayoutError, OutOfMemoryError
+from kvhybrid.errors import (
+    CapacityError,
+    ClosedError,
+    InvalidRequestError,
+    LayoutError,
+    OutOfMemoryError,
+    UnsupportedError,
+)
+from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,7 +32,9 @@ if TYPE_CHECKING:
     import torch
 
     from kvhybrid._core import PagePool
+    from kvhybrid.cache.compress.holders import Holders
     from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.config import KVCacheConfig
 
 __all__ = ["SliceMetadata", "TensorSessions", "check_name"]
 
@@ -40,6 +52,8 @@ class SliceMetadata(TypedDict):
     """Bytes of the pages that those took, in this layer, over all rows."""
     codec: str
     """How they are stored: the dtype of full-precision pages."""
+    positions: torch.Tensor | None
+    """Which positions came back, int64 ``[batch, num_kv_heads, tokens]``; None when all did."""
     evicted: int
     """Pages of cached prefixes that left to make room. Never those of a ``process_kv`` session."""
 
@@ -47,9 +61,14 @@ class SliceMetadata(TypedDict):
 class TensorSessions:
     """The sessions of ``process_kv``, by ``(tenant, session_id)``."""
 
-    def __init__(self, pool: PagePool, storage: PageStorage) -> None:
+    def __init__(
+        self, pool: PagePool, storage: PageStorage, config: KVCacheConfig, compressed: Holders
+    ) -> None:
+        """``compressed`` counts what is removed where ``config`` has old context compressed."""
         self._pool = pool
         self._storage = storage
+        self._rule = config.compression_ratio if config.use_compression else 1.0, config.compression_scorer
+        self._compressed = compressed
         self._known: dict[tuple[str, str], TensorSession] = {}
         # Guards the dictionary. Taken while holding a session's lock, never the other way round.
         self._lock = threading.Lock()
@@ -68,6 +87,11 @@ class TensorSessions:
     ) -> tuple[torch.Tensor, torch.Tensor, SliceMetadata]:
         """Store a slice and return its layer up to the slice's end: see ``KVCache.process_kv``."""
         check_name(name)
+        if self._rule[0] < 1.0 and self._rule[1] in NEED_QUERIES:
+            raise UnsupportedError(
+                f"compression_scorer={self._rule[1].value!r} scores by queries, which process_kv never "
+                f"sees: use one of {', '.join(sorted(set(CompressionScorer) - NEED_QUERIES))}"
+            )
         layer = whole_number("layer_idx", layer)
         check_slice(self._storage, layer, key, value)
         start = read_start(cache_position, key.shape[2])
@@ -79,7 +103,26 @@ class TensorSessions:
                     f"cache_position begins at {position}, but layer {layer} of session {name[1]!r} holds "
                     f"{filled} positions: {position - filled} are missing in between"
                 )
-            return self._store(session, layer, position, key, value, name[1])
+            if position + key.shape[2] < session.front.length:
+                raise InvalidRequestError(
+                    f"positions up to {position + key.shape[2]} are asked for, but of the first "
+                    f"{session.front.length} of session {name[1]!r} each head keeps some: ask for more, or "
+                    "drop it"
+                )
+            found = self._store(session, layer, position, key, value, name[1])
+            if self._rule[0] < 1.0:
+                self._compress(session)
+            return found
+
+    def _compress(self, session: TensorSession) -> None:
+        """Compress what has become old, if that can be done: the slice is stored, whatever happens."""
+        try:
+            if removed := session.compress(self._rule):
+                self._compressed.compressed(removed, removed * self._storage.layout.bytes_per_token)
+        except Exception as error:
+            self._compressed.skipped()
+            if not is_out_of_memory(error):
+                logging.getLogger(__name__).exception("a process_kv session could not be compressed")
 
     def _store(
         self,
@@ -134,6 +177,7 @@ class TensorSessions:
                     as_stored("V", value[:, :, first:], storage.dtype),
                 )
             keys, values = session.read(layer, end, key.dtype)
+            positions = session.front.held(layer, end)
             session.advance(layer, end)
         except BaseException:
             session.truncate(length)
@@ -148,6 +192,7 @@ class TensorSessions:
                 "tokens": count,
                 "bytes": key.shape[0] * count * layout.layer_bytes_per_token(layer),
                 "codec": layout.dtype,
+                "positions": positions,
                 "evicted": session.evicted - evicted_before,
             },
         )
@@ -170,6 +215,11 @@ class TensorSessions:
             if length > session.length:
                 raise InvalidRequestError(
                     f"cannot truncate session {name[1]!r} to {length}: it holds {session.length} positions"
+                )
+            if 0 < length < session.front.length:
+                raise InvalidRequestError(
+                    f"cannot truncate session {name[1]!r} to {length}: of its first {session.front.length} "
+                    "positions each head keeps some"
                 )
             session.truncate(length)
             if length == 0:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kvhybrid._core import Batch
+from kvhybrid.cache.compress.tensors import NOTHING_REMOVED, shorten
 from kvhybrid.cache.demotion import demote, undone
 from kvhybrid.cache.page_table import PageTable
 from kvhybrid.cache.step import plan_with_room
@@ -20,6 +21,7 @@ from kvhybrid.cache.step import plan_with_room
 if TYPE_CHECKING:
     from kvhybrid._core import PagePool, Plan, Sequence
     from kvhybrid.cache.pages import PageStorage
+    from kvhybrid.presets import CompressionScorer
 
 
 class TensorSession:
@@ -27,7 +29,8 @@ class TensorSession:
 
     The pool counts tokens and there are none here: the sequences hold placeholders and are never sealed,
     so that nobody finds their pages and no policy takes them. Whichever layer first brings new positions
-    reserves their pages; the other layers write into the same slots. Every call holds ``lock``.
+    reserves their pages; the other layers write into the same slots. Behind a compressed ``front`` positions
+    are as before, and lie by so many slots further to the front. Every call holds ``lock``.
     """
 
     def __init__(self, pool: PagePool, storage: PageStorage, batch: int) -> None:
@@ -37,7 +40,9 @@ class TensorSession:
         """Positions that have pages: those of the layer that has come furthest."""
         self.evicted = 0
         """Pages that left to make room for this session, since it began."""
+        self.front = NOTHING_REMOVED
         self._storage = storage
+        self._pool = pool
         nothing = np.empty(0, np.uint32)
         self._rows = [pool.open(nothing, reuse=False, share=False) for _ in range(batch)]
         self._batch = Batch(pool, self._rows)
@@ -66,19 +71,23 @@ class TensorSession:
             self._reserve(end - self.length)
         # Only what is filled in every layer is frozen: nothing moves that is written here.
         for row, sequence in enumerate(self._rows):
-            self._storage.write_run(layer, self._table(row, sequence), past, key[row], value[row])
+            slot = past - self.front.removed
+            self._storage.write_run(layer, self._table(row, sequence), slot, key[row], value[row])
 
     def read(self, layer: int, end: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of a layer's positions ``[0, end)``, ``[batch, num_kv_heads, end, width]``."""
-        storage = self._storage
+        """Return copies of a layer's positions ``[0, end)``, ``[batch, num_kv_heads, end, width]``.
+
+        Of a compressed session, what is left of them; ``end`` lies behind its front.
+        """
+        storage, width = self._storage, end - self.front.removed
         pools = storage.keys[layer], storage.values[layer]
         keys, values = (
-            torch.empty((self.num_rows, pool.shape[1], end, pool.shape[3]), dtype=dtype, device=pool.device)
+            torch.empty((self.num_rows, pool.shape[1], width, pool.shape[3]), dtype=dtype, device=pool.device)
             for pool in pools
         )
         with storage.still:
             for row, sequence in enumerate(self._rows):
-                storage.gather(layer, self._table(row, sequence), 0, end, (keys[row], values[row]))
+                storage.gather(layer, self._table(row, sequence), 0, width, (keys[row], values[row]))
         return keys, values
 
     def advance(self, layer: int, end: int) -> None:
@@ -90,12 +99,37 @@ class TensorSession:
         if frozen > self._frozen:
             self._frozen = frozen
             for row in self._rows:
-                row.freeze(frozen)
+                row.freeze(frozen - self.front.removed)
+
+    def compress(self, rule: tuple[float, CompressionScorer]) -> int:
+        """Keep a share of what is old, in fresh pages; return how many positions of all rows went.
+
+        Nothing while some layer has still to come where the others are, or while less than a page would go.
+        Raises ``CapacityError`` without room for both; nothing has changed then.
+        """
+        if any(self._filled[layer] != self.length for layer in self._storage.layout.kept_layers):
+            return 0
+        short = shorten(self._storage, self._pool, self._rows, self.front, self.length, rule)
+        if short is None:
+            return 0
+        for row in self._rows:
+            row.close()
+        before = self.front.removed
+        self._rows, self.front = short
+        self._batch = Batch(self._pool, self._rows)
+        self._tables.clear()
+        self._storage.settled()
+        return (self.front.removed - before) * self.num_rows
 
     def truncate(self, length: int) -> None:
-        """Drop every position from ``length`` on, in every layer, and give back pages that are then empty."""
+        """Drop every position from ``length`` on, in every layer, and give back pages that are then empty.
+
+        ``length`` is 0 or lies behind a compressed front.
+        """
+        if length == 0:
+            self.front = NOTHING_REMOVED
         for row in self._rows:
-            row.truncate(length)
+            row.truncate(length - self.front.removed)
         self.length = length
         self._filled = [min(filled, length) for filled in self._filled]
         self._frozen = min(self._frozen, length)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     Score = Callable[[int, int, torch.Tensor, torch.Tensor], torch.Tensor]
     """``(layer, row, keys, values) -> scores``, of one row: float32 ``[1, num_kv_heads, tokens, width]`` in,
     ``[1, num_kv_heads, tokens]`` out."""
+    Note = Callable[[int, int, torch.Tensor], None]
+    """``(layer, row, places)``, of one row: what stays, int64 ``[1, num_kv_heads, count]``, ascending."""
 
 
 class Source(NamedTuple):
@@ -37,11 +39,13 @@ class Source(NamedTuple):
     """As many as are kept. Where heads keep different tokens these are placeholders."""
 
 
-def rewrite(storage: PageStorage, pool: PagePool, sources: list[Source], score: Score) -> list[Sequence]:
+def rewrite(
+    storage: PageStorage, pool: PagePool, sources: list[Source], score: Score, note: Note | None = None
+) -> list[Sequence]:
     """Return new, private sequences that hold what the scores keep of each source, layer by layer.
 
-    The sources are as before, and stay open. Raises ``CapacityError`` without room for both; then, as
-    after any other failure, nothing of it is left.
+    ``note`` is told what that is. The sources are as before, and stay open. Raises ``CapacityError`` without
+    room for both; then, as after any other failure, nothing of it is left.
     """
     nothing = np.empty(0, np.uint32)
     fresh = [pool.open(nothing, reuse=False, share=False) for _ in sources]
@@ -53,7 +57,7 @@ def rewrite(storage: PageStorage, pool: PagePool, sources: list[Source], score: 
         step = Step.plan(storage, Batch(pool, fresh), places=places)
         try:
             for layer in storage.layout.kept_layers:
-                step.write(layer, *_kept(storage, layer, sources, width, score))
+                step.write(layer, *_kept(storage, layer, sources, width, score, note))
         except BaseException:
             step.abandon()
             raise
@@ -71,6 +75,7 @@ def _kept(
     sources: list[Source],
     width: int,
     score: Score,
+    note: Note | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is kept of one layer, ``[rows, num_kv_heads, width, its width]``, short rows at the end."""
     pools = storage.keys[layer], storage.values[layer]
@@ -84,6 +89,8 @@ def _kept(
             table = PageTable.of(source.sequence)
             storage.gather(layer, table, 0, source.sequence.length, (keys[0], values[0]))
         places = choose(score(layer, row, keys.float(), values.float()), count)
+        if note is not None:
+            note(layer, row, places)
         for target, states in zip(kept, (keys, values), strict=True):
             target[row : row + 1, :, width - count :] = gather(states, places)
     return kept[0], kept[1]
