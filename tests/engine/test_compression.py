@@ -309,7 +309,7 @@ async def test_quantized_and_compressed_multiply(model, tokenizer, balanced):
     balanced(engine)
 
 
-@pytest.mark.parametrize("preset", ["balanced", "high_traffic"])
+@pytest.mark.parametrize("preset", ["balanced", "high_traffic", "memory_efficient", "memory_constrained"])
 async def test_presets_that_compress_serve_conversations(preset):
     async with KVEngine(config=KVCacheConfig.preset(preset, enable_persistence=False)) as engine:
         _, answers = await talk(engine, "a", TURNS[:2])

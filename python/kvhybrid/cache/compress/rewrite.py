@@ -52,16 +52,22 @@ def rewrite(
     try:
         for sequence, source in zip(fresh, sources, strict=True):
             sequence.append(source.tokens)
-        width = max(len(source.tokens) for source in sources)
-        places = [(row, width - len(source.tokens)) for row, source in enumerate(sources)]
-        step = Step.plan(storage, Batch(pool, fresh), places=places)
-        try:
-            for layer in storage.layout.kept_layers:
-                step.write(layer, *_kept(storage, layer, sources, width, score, note))
-        except BaseException:
-            step.abandon()
-            raise
-        step.commit()
+        batch, chosen = Batch(pool, fresh), _Chosen(storage, sources, score, note)
+        counts = np.array([len(source.tokens) for source in sources], np.int32)
+        # No more at once than a forward pass writes: there are few pages of full precision where others are
+        # quantized, and each part has to lie in them before it can step down.
+        most, done = storage.most_new(len(sources)) or int(counts.max()), 0
+        while done < counts.max():
+            part = (counts - done).clip(0, most)
+            step = Step.plan(storage, batch, part, places=[(row, 0) for row in range(len(sources))])
+            try:
+                for layer in storage.layout.kept_layers:
+                    step.write(layer, *chosen.read(layer, done, part))
+            except BaseException:
+                step.abandon()
+                raise
+            step.commit()
+            done += most
     except BaseException:
         for sequence in fresh:
             sequence.close()
@@ -69,28 +75,48 @@ def rewrite(
     return fresh
 
 
-def _kept(
-    storage: PageStorage,
-    layer: int,
-    sources: list[Source],
-    width: int,
-    score: Score,
-    note: Note | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what is kept of one layer, ``[rows, num_kv_heads, width, its width]``, short rows at the end."""
-    pools = storage.keys[layer], storage.values[layer]
-    kept = [pool.new_zeros((len(sources), pool.shape[1], width, pool.shape[3])) for pool in pools]
-    for row, source in enumerate(sources):
-        count = len(source.tokens)
+class _Chosen:
+    """What is kept of the sources, a part at a time; chosen once a layer and row."""
+
+    def __init__(self, storage: PageStorage, sources: list[Source], score: Score, note: Note | None) -> None:
+        self._storage = storage
+        self._sources = sources
+        self._score = score
+        self._note = note
+        self._places: dict[tuple[int, int], torch.Tensor] = {}
+
+    def read(
+        self, layer: int, start: int, counts: npt.NDArray[np.int32]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's kept tokens from ``start`` on, ``[rows, num_kv_heads, most of counts, width]``."""
+        pools = self._storage.keys[layer], self._storage.values[layer]
+        width = int(counts.max())
+        kept = [pool.new_zeros((len(counts), pool.shape[1], width, pool.shape[3])) for pool in pools]
+        for row, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            states = self._states(layer, row)
+            if (layer, row) not in self._places:
+                self._places[layer, row] = self._choose(layer, row, *states)
+            places = self._places[layer, row][:, :, start : start + count]
+            for target, each in zip(kept, states, strict=True):
+                target[row : row + 1, :, :count] = gather(each, places)
+        return kept[0], kept[1]
+
+    def _states(self, layer: int, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        sequence = self._sources[row].sequence
         keys, values = (
-            pool.new_empty((1, pool.shape[1], source.sequence.length, pool.shape[3])) for pool in pools
+            pool.new_empty((1, pool.shape[1], sequence.length, pool.shape[3]))
+            for pool in (self._storage.keys[layer], self._storage.values[layer])
         )
-        with storage.still:
-            table = PageTable.of(source.sequence)
-            storage.gather(layer, table, 0, source.sequence.length, (keys[0], values[0]))
-        places = choose(score(layer, row, keys.float(), values.float()), count)
-        if note is not None:
-            note(layer, row, places)
-        for target, states in zip(kept, (keys, values), strict=True):
-            target[row : row + 1, :, width - count :] = gather(states, places)
-    return kept[0], kept[1]
+        with self._storage.still:
+            table = PageTable.of(sequence)
+            self._storage.gather(layer, table, 0, sequence.length, (keys[0], values[0]))
+        return keys, values
+
+    def _choose(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        scores = self._score(layer, row, keys.float(), values.float())
+        places = choose(scores, len(self._sources[row].tokens))
+        if self._note is not None:
+            self._note(layer, row, places)
+        return places
