@@ -24,6 +24,7 @@ import torch
 
 from kvhybrid import KVCache, KVCacheConfig, attach
 from kvhybrid.model.embedded_model import load_embedded_model
+from kvhybrid.model.versions import over
 from kvhybrid.report import write_report
 
 TEXT = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
@@ -117,7 +118,7 @@ def serve(
     for turn in turns:
         text, count = ids[turn.start : turn.stop], new_tokens(turn)
         session = cache.session(turn.name)
-        found.append(nats(model(text[None, -count:], past_key_values=session).logits, text[-count:]))
+        found.append(nats(model(text[None, -count:], **over(session)).logits, text[-count:]))
         # As behind a call of ``generate``: it remembers its tokens and holds no page.
         session.rows.release()
     attachment.detach()

@@ -51,7 +51,7 @@ def fork(cache: Any, n: int) -> list[Any]:
 def advance(model: PreTrainedModel, branch: Branch, token: int) -> Branch:
     """Go one token further."""
     score = branch.score + float(branch.logits.log_softmax(-1)[token])
-    logits = model(torch.tensor([[token]]), past_key_values=branch.cache).logits[0, -1]
+    logits = model(torch.tensor([[token]]), cache=branch.cache).logits[0, -1]
     return Branch(score, [*branch.tokens, token], branch.cache, logits)
 
 
@@ -85,7 +85,7 @@ def tree_search(model: PreTrainedModel, root: Branch) -> list[Branch]:
 def search(model: PreTrainedModel, ids: torch.Tensor, cache: Any, held: Callable[[list[Branch]], int]) -> Any:
     """Search both ways from one prompt; return the texts found and the tokens' room that each took."""
     with torch.no_grad():
-        root = Branch(0.0, [], cache, model(ids, past_key_values=cache).logits[0, -1])
+        root = Branch(0.0, [], cache, model(ids, cache=cache).logits[0, -1])
     found = []
     for way in (best_of_n, tree_search):
         branches = way(model, root)

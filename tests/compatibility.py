@@ -24,6 +24,7 @@ from tiny_models import VOCAB, family_names, small_model
 
 import kvhybrid
 from kvhybrid import KVCacheConfig, KVHybridError
+from kvhybrid.model.versions import over
 
 SECONDS = 120
 NEW = 8
@@ -70,7 +71,7 @@ def logits_in_steps(model: Any, past: Any) -> torch.Tensor:
     ids, done, found = random_ids(sum(FORWARD), 4), 0, []
     for width in FORWARD:
         fed = ids[:, done : done + width]
-        found.append(model(input_ids=fed, past_key_values=past, use_cache=True).logits)
+        found.append(model(input_ids=fed, **over(past), use_cache=True).logits)
         done += width
     return torch.cat(found, dim=1)
 

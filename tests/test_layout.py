@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kvhybrid import ConfigError, KVLayout, LayoutError, UnsupportedError
 from kvhybrid.layout import LayerShape
+from kvhybrid.model.versions import over
 
 
 def small(**changes):
@@ -212,7 +213,7 @@ def test_the_layout_is_what_the_model_puts_into_a_cache(family):
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     cache = transformers.DynamicCache()
     with torch.no_grad():
-        model(torch.arange(5)[None], past_key_values=cache, use_cache=True)
+        model(torch.arange(5)[None], **over(cache), use_cache=True)
     layout = KVLayout.from_model_config(config)
     stored = [(layer.keys, layer.values) for layer in cache.layers]
     assert len(stored) == layout.num_layers

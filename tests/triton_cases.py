@@ -20,6 +20,7 @@ import torch
 
 from kvhybrid.cache.pages import PageTable
 from kvhybrid.cache.step import Span
+from kvhybrid.model.versions import over
 
 
 @dataclass(frozen=True)
@@ -348,12 +349,12 @@ def quantized_error(device: torch.device) -> dict[str, float]:
     cache = KVCache.for_model(model, config)
     with Attachment(model, cache, Route.PAGED, "test").install() as attachment, torch.no_grad():
         session = cache.session("a")
-        model(prompt(300).to(device), past_key_values=session)
+        model(prompt(300).to(device), **over(session))
         attachment._attention.native = TritonAttention(cache.storage)
         past, ids = DynamicCache(), prompt(3, seed=1).to(device)
         for index, layer in enumerate(session.layers):
             past.update(layer.keys.clone(), layer.values.clone(), index)
-        found, expected = (model(ids, past_key_values=held).logits for held in (session, past))
+        found, expected = (model(ids, **over(held)).logits for held in (session, past))
         table = np.frombuffer(session.rows.rows.sequences[0].block_table(), np.int32)
         at = [sum(page in records for page in table.tolist()) for records in cache.storage.records]
     return {"error": float((found - expected).abs().max()), "int8": at[0], "int4": at[1]}

@@ -22,6 +22,7 @@ from kvhybrid import KVCacheConfig
 from kvhybrid.cache.compress.selection import kept_tokens
 from kvhybrid.model.compression_quality import Setting, measure_compression
 from kvhybrid.model.embedded_model import load_embedded_model
+from kvhybrid.model.versions import over
 from kvhybrid.presets import CompressionScorer
 
 TEXT = Path(__file__).resolve().parents[3] / "shared" / "data" / "tinyshakespeare.txt"
@@ -102,11 +103,11 @@ def theirs(ids: torch.Tensor, windows: int | None) -> dict[str, float]:
         for batch in rows.split(BATCH):
             past = DynamicCache()
             if press is None:
-                model(batch[:, :PREFIX], past_key_values=past)
+                model(batch[:, :PREFIX], **over(past))
             else:
                 with press(model):
-                    model(batch[:, :PREFIX], past_key_values=past)
-            logits = model(batch[:, PREFIX:-1], past_key_values=past, position_ids=positions).logits
+                    model(batch[:, :PREFIX], **over(past))
+            logits = model(batch[:, PREFIX:-1], **over(past), position_ids=positions).logits
             chosen = torch.log_softmax(logits.float(), -1).gather(-1, batch[:, PREFIX + 1 :, None])
             total -= float(chosen.double().sum())
         print(".", end="", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """One decode step behind 64 to 8k tokens of context: ours against DynamicCache and a tight StaticCache.
 
-A step is one ``model.forward`` with the cache as ``past_key_values``, the same call for all three. The
+A step is one ``model.forward`` over a cache, the same call for all three. The
 context is random K and V written straight into each cache: prefilling it would take longer than the
 bench and change nothing. StaticCache is sized to the context and the steps exactly; it can neither share
 nor grow. What grows with the context is the step at 8k less the step at 64. Attention alone: ``layer.py``.
@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 import kvhybrid
 from kvhybrid import KVCacheConfig
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +41,7 @@ def stepper(model: LlamaForCausalLM, cache: object) -> Callable[[], object]:
 
     @torch.inference_mode()
     def step() -> object:
-        output = model(token, past_key_values=cache, use_cache=True)
+        output = model(token, **over(cache), use_cache=True)
         return output.logits
 
     return step

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 import kvhybrid
 from kvhybrid import KVCacheConfig
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -35,7 +36,7 @@ def measure(name: str, shared: int, rounds: int) -> dict[str, float]:
     prefix = random_ids(shared, 1)
     kept = DynamicCache(config=plain.config)
     with torch.inference_mode():
-        plain(prefix, past_key_values=kept)
+        plain(prefix, **over(kept))
     config = KVCacheConfig(max_tokens=shared + (rounds + 4) * 2 * NEW, _env_file=None)
     kvhybrid.attach(model, config=config)
     first_token(model, prefix)  # somebody else's request, which leaves the prefix behind
@@ -51,7 +52,7 @@ def measure(name: str, shared: int, rounds: int) -> dict[str, float]:
         tokens["ours"].append(first_token(model, text))
 
     def in_place() -> None:
-        tokens["in_place"].append(first_token(plain, text, past_key_values=kept))
+        tokens["in_place"].append(first_token(plain, text, **over(kept)))
         kept.crop(-NEW)
 
     ours(), in_place()  # warm-up

@@ -22,6 +22,7 @@ from transformers import (
 
 from kvhybrid import KVCache, KVCacheConfig, KVLayout, LayoutError, UnsupportedError
 from kvhybrid.cache.measured import measure_layers
+from kvhybrid.model.versions import CACHE, over
 
 SMALL = {
     "vocab_size": 97,
@@ -80,7 +81,7 @@ def test_latent_attention_measures_as_what_reaches_the_cache():
     )
     model = make(config)
     with torch.no_grad():
-        layer = model(torch.arange(5)[None], use_cache=True).past_key_values.layers[1]
+        layer = model(torch.arange(5)[None], use_cache=True)[CACHE].layers[1]
     shape = measure_layers(model).shapes[1]
     assert (1, shape.num_kv_heads, 5, shape.head_dim) == layer.keys.shape
     assert (1, shape.num_kv_heads, 5, shape.value_head_dim) == layer.values.shape
@@ -157,7 +158,7 @@ def test_a_state_in_a_place_of_its_models_own_is_refused_by_number_and_kind(conf
 
 
 def kept(model, monkeypatch, past):
-    monkeypatch.setattr(model, "forward", lambda **kwargs: SimpleNamespace(past_key_values=past))
+    monkeypatch.setattr(model, "forward", lambda **kwargs: SimpleNamespace(**over(past)))
     return measure_layers(model)
 
 

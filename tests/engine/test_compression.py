@@ -11,6 +11,7 @@ from kvhybrid import ConfigError, KVCacheConfig, KVEngine, UnsupportedError
 from kvhybrid.cache.compress.selection import kept_tokens
 from kvhybrid.engine.held import Held
 from kvhybrid.model.runner import Packing
+from kvhybrid.model.versions import over
 
 BLOCK = 8
 KEPT = 0.3
@@ -53,7 +54,7 @@ def attached_turns(model, prompts, config=None):
         session = attachment.cache.session("reference")
         for tokens, count in prompts:
             ids = torch.tensor([tokens])
-            text = model.generate(ids, past_key_values=session, max_new_tokens=count, do_sample=False)
+            text = model.generate(ids, **over(session), max_new_tokens=count, do_sample=False)
             answers.append(text[0, ids.shape[1] :].tolist())
     return answers
 

@@ -15,6 +15,7 @@ from kvhybrid import CapacityError, KVCacheConfig, KVEngine
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 PAGES, BLOCK = 8, 16
 
@@ -40,9 +41,9 @@ def test_a_prompt_larger_than_the_budget_is_refused_and_nothing_is_lost(route: R
             text_of(model, prompt(PAGES * BLOCK + 1, seed=1))
         session = cache.session("a")
         with pytest.raises(CapacityError), torch.no_grad():
-            model(prompt(PAGES * BLOCK + 1, seed=2), past_key_values=session)
+            model(prompt(PAGES * BLOCK + 1, seed=2), **over(session))
         with pytest.raises(CapacityError):
-            text_of(model, prompt(PAGES * BLOCK + 1, seed=2), past_key_values=session)
+            text_of(model, prompt(PAGES * BLOCK + 1, seed=2), **over(session))
         after = cache.get_stats()
         assert after["evicted_pages"] == before["evicted_pages"] == 0
         assert after["sealed_pages"] == before["sealed_pages"]
@@ -51,7 +52,7 @@ def test_a_prompt_larger_than_the_budget_is_refused_and_nothing_is_lost(route: R
         assert torch.equal(text_of(model, ids), expected)
         assert cache.get_stats()["cached_tokens"] - cached == 39
         # And the session that was refused takes what fits.
-        assert torch.equal(text_of(model, ids, past_key_values=session), expected)
+        assert torch.equal(text_of(model, ids, **over(session)), expected)
 
 
 @pytest.mark.parametrize("route", list(Route))
@@ -59,11 +60,11 @@ def test_a_step_too_many_leaves_the_session_where_it_was(route: Route) -> None:
     with attached(route) as attachment, torch.no_grad():
         model, session = attachment.model, attachment.cache.session("a")
         ids, kept = prompt(PAGES * BLOCK), PAGES * BLOCK - 3
-        model(ids[:, :kept], past_key_values=session)
+        model(ids[:, :kept], **over(session))
         with pytest.raises(CapacityError):
-            model(ids[:, :4], past_key_values=session)
+            model(ids[:, :4], **over(session))
         assert session.get_seq_length() == kept
-        logits = model(ids[:, kept:], past_key_values=session).logits
+        logits = model(ids[:, kept:], **over(session)).logits
         expected = make_model("llama")(ids).logits[:, kept:]
         torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
@@ -102,7 +103,7 @@ def test_every_route_tells_when_it_has_let_go(route: Route) -> None:
         text_of(model, prompt(40))
         assert told[0] == 0
         assert told[-1] == cache.pool.num_evictable == 3
-        model(prompt(40, seed=1), past_key_values=cache.session("a"))
+        model(prompt(40, seed=1), **over(cache.session("a")))
         assert told[-1] == cache.pool.num_evictable == 3
         cache.drop_session("a")
         assert told[-1] == cache.pool.num_evictable == 6
@@ -145,8 +146,8 @@ def test_what_readers_hold_beside_the_pages_is_reported(route: Route) -> None:
     with attached(route) as attachment, torch.no_grad():
         model, cache, ids = attachment.model, attachment.cache, prompt(60)
         before = tensors_beside(attachment)
-        model(ids[:, :40], past_key_values=cache.session("a"))
-        model(ids[:, 40:], past_key_values=cache.session("a"))
+        model(ids[:, :40], **over(cache.session("a")))
+        model(ids[:, 40:], **over(cache.session("a")))
 
         def held() -> int:
             gc.collect()

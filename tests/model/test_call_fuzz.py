@@ -33,6 +33,7 @@ from kvhybrid.errors import CapacityError
 from kvhybrid.layout import KVLayout
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -209,7 +210,7 @@ class Player:
 
     def feed(self, talk: Talk, new: Text) -> None:
         with torch.no_grad():
-            logits = self.model(torch.tensor([new]), past_key_values=talk.session, use_cache=True).logits[0]
+            logits = self.model(torch.tensor([new]), **over(talk.session), use_cache=True).logits[0]
         whole = (*talk.text, *new)
         assert torch.allclose(logits, self.own.logits(whole)[len(talk.text) :], atol=2e-3, rtol=1e-3)
         talk.text = whole
@@ -227,7 +228,7 @@ class Player:
         """Generate through a session; what was written before an error is held."""
         whole = self.own.continued(text, NEW)
         try:
-            assert self.ask(text, past_key_values=talk.session, **options) == whole
+            assert self.ask(text, **over(talk.session), **options) == whole
         finally:
             self.settle(talk, whole)
 
@@ -264,7 +265,7 @@ class Player:
         vars(part)["forward"] = cancel
         try:
             with pytest.raises(CancelledError), torch.no_grad():
-                self.model(torch.tensor([self.random.choice(PIECES)]), past_key_values=talk.session)
+                self.model(torch.tensor([self.random.choice(PIECES)]), **over(talk.session))
         finally:
             del vars(part)["forward"]
         assert talk.session.get_seq_length() == len(talk.text)

@@ -13,6 +13,7 @@ import kvhybrid
 from kvhybrid import KVCacheConfig
 from kvhybrid.model.page_kernel import NativeAttention
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -102,8 +103,8 @@ def test_steps_of_any_width_give_the_models_own_logits(models) -> None:
         session = attachment.cache.session("steps")
         for width in (1, 3, 30, 1, 16, 17, 1, 27):
             fed = ids[:, done : done + width]
-            found = model(input_ids=fed, past_key_values=session, use_cache=True).logits
-            expected = own(input_ids=fed, past_key_values=past, use_cache=True).logits
+            found = model(input_ids=fed, **over(session), use_cache=True).logits
+            expected = own(input_ids=fed, **over(past), use_cache=True).logits
             assert (found - expected).abs().max() < 1e-4 * expected.std()
             done += width
     assert done == ids.shape[1]
@@ -117,7 +118,7 @@ def test_without_the_cache_an_attached_model_attends_as_before(models) -> None:
     with kvhybrid.attach(model, config=KVCacheConfig(**CONFIG)):
         assert torch.equal(model(ids, attention_mask=mask).logits, own(ids, attention_mask=mask).logits)
         foreign = DynamicCache(config=own.config)
-        assert torch.equal(generate(model, ids, past_key_values=foreign), generate(own, ids))
+        assert torch.equal(generate(model, ids, **over(foreign)), generate(own, ids))
         options = {"output_attentions": True, "return_dict_in_generate": True}
         with pytest.warns(UserWarning, match="output_attentions"):
             found = model.generate(ids, attention_mask=mask, **options, **GREEDY)

@@ -15,6 +15,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model import attach
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,9 +71,9 @@ def test_what_changes_while_a_session_is_open_is_cached_for_nobody_else(
     model = attachment.model
     expected = model.generate(IDS, use_cache=False, **GREEDY)
     session = attachment.cache.session("open")
-    model(IDS[:, :10], past_key_values=session)
+    model(IDS[:, :10], **over(session))
     undo = change(model)
-    model(IDS[:, 10:], past_key_values=session)
+    model(IDS[:, 10:], **over(session))
     attachment.cache.drop_session("open")
     undo()
     assert torch.equal(model.generate(IDS, **GREEDY), expected)
@@ -89,21 +90,21 @@ def test_weights_that_changed_between_two_attachments_find_nothing_of_the_old_on
 
 def test_a_session_without_a_name_ends_with_its_model_too(route: Route) -> None:
     with attached(route) as first:
-        session = first.model.generate(IDS, return_dict_in_generate=True, **GREEDY).past_key_values
+        session = first.model.generate(IDS, return_dict_in_generate=True, **GREEDY)[CACHE]
     with attached(route, make_model("llama", seed=5), first.cache) as second:
         with pytest.raises(ClosedError):
-            second.model(IDS, past_key_values=session)
+            second.model(IDS, **over(session))
         with pytest.raises(ClosedError):
-            second.model.generate(IDS, past_key_values=session, **GREEDY)
+            second.model.generate(IDS, **over(session), **GREEDY)
 
 
 @torch.no_grad()
 def test_a_fork_goes_on_over_the_pages_that_it_took_over(attachment: Attachment) -> None:
     session = attachment.cache.session("root")
-    attachment.model(IDS[:, :37], past_key_values=session)
+    attachment.model(IDS[:, :37], **over(session))
     fork = session.fork()[0]
     opens = attachment.cache.get_stats()["opens"]
-    attachment.model(IDS[:, 37:], past_key_values=fork)
+    attachment.model(IDS[:, 37:], **over(fork))
     assert attachment.cache.get_stats()["opens"] == opens
     fork.close()
 
@@ -112,19 +113,19 @@ def test_a_fork_goes_on_over_the_pages_that_it_took_over(attachment: Attachment)
 @pytest.mark.parametrize("is_refused", [True, False])
 def test_rows_repeated_for_a_pass_that_fails_are_one_again(attachment: Attachment, is_refused: bool) -> None:
     model, session = attachment.model, attachment.cache.session("alice")
-    model(IDS[:, :20], past_key_values=session)
+    model(IDS[:, :20], **over(session))
     twice = IDS[:, 20:25].repeat(2, 1)
     if is_refused:
         with pytest.raises(UnsupportedError, match="hides other tokens"):
-            model(twice, attention_mask=torch.zeros(2, 25, dtype=torch.long), past_key_values=session)
+            model(twice, attention_mask=torch.zeros(2, 25, dtype=torch.long), **over(session))
     else:
         layer = model.model.layers[1]
         forward, layer.forward = layer.forward, lambda *_, **__: 1 / 0
         with pytest.raises(ZeroDivisionError):
-            model(twice, past_key_values=session)
+            model(twice, **over(session))
         layer.forward = forward
     assert session.num_rows == 1
-    found = model(IDS[:, 20:], past_key_values=session).logits[:, -1]
+    found = model(IDS[:, 20:], **over(session)).logits[:, -1]
     expected = model(IDS, use_cache=False).logits[:, -1]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
 
@@ -137,23 +138,23 @@ def test_rows_repeated_for_several_passes_of_which_one_fails_are_one_again(
     with attached(route, max_tokens=192, reproducible=True) as attachment:
         session = attachment.cache.session("alice")
         ids = prompt(300)
-        attachment.model(ids[:, :10], past_key_values=session)
+        attachment.model(ids[:, :10], **over(session))
         with pytest.raises(CapacityError):
-            attachment.model(torch.cat([ids[:, 10:150], ids[:, 150:290]]), past_key_values=session)
+            attachment.model(torch.cat([ids[:, 10:150], ids[:, 150:290]]), **over(session))
         assert (session.num_rows, session.get_seq_length()) == (1, 10)
-        attachment.model(ids[:, 10:40], past_key_values=session)
+        attachment.model(ids[:, 10:40], **over(session))
 
 
 @torch.no_grad()
 def test_rows_are_left_alone_while_a_pass_is_under_way(attachment: Attachment) -> None:
     session = attachment.cache.session("alice")
-    attachment.model(IDS[:, :20], past_key_values=session)
+    attachment.model(IDS[:, :20], **over(session))
     norm = attachment.model.model.norm
     forward = norm.forward
     for edit in (lambda: session.crop(5), lambda: session.batch_repeat_interleave(2)):
         norm.forward = lambda hidden, edit=edit: edit() or forward(hidden)
         with pytest.raises(InvalidRequestError, match="under way"):
-            attachment.model(IDS[:, 20:30], past_key_values=session)
+            attachment.model(IDS[:, 20:30], **over(session))
         assert (session.num_rows, session.get_seq_length()) == (1, 20)
     norm.forward = forward
 

@@ -17,6 +17,7 @@ from kvhybrid.cache.compress.selection import RECENT, choose, gather, kept_token
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def attachment(request: pytest.FixtureRequest) -> Iterator[Attachment]:
 
 @torch.no_grad()
 def feed(attachment: Attachment, past: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
-    return attachment.model(ids, past_key_values=past, use_cache=True, **more).logits
+    return attachment.model(ids, **over(past), use_cache=True, **more).logits
 
 
 def generate(attachment: Attachment, ids: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -64,7 +65,7 @@ def compressed(attachment: Attachment, kept: float = 0.4, ids: torch.Tensor | No
 @torch.no_grad()
 def gapped(model: Any, ids: torch.Tensor, kept: float, scorer: CompressionScorer) -> Gapped:
     past = Gapped(config=model.config)
-    model(ids, past_key_values=past, use_cache=True)
+    model(ids, **over(past), use_cache=True)
     count = kept_tokens(ids.shape[1], kept)
     for layer in past.layers:
         places = choose(SCORERS[scorer](layer.keys, layer.values, None), count)
@@ -75,7 +76,7 @@ def gapped(model: Any, ids: torch.Tensor, kept: float, scorer: CompressionScorer
 
 @torch.no_grad()
 def own_logits(model: Any, past: Gapped, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(ids, past_key_values=past, use_cache=True).logits
+    logits: torch.Tensor = model(ids, **over(past), use_cache=True).logits
     return logits
 
 
@@ -129,9 +130,7 @@ def test_generating_from_all_ids_equals_explicit_positions_to_the_bit(attachment
     session = compressed(attachment)
     twin = session.fork()[0]
     ids = torch.cat([prompt(LENGTH), prompt(5, seed=3)], dim=1)
-    found = generate(
-        attachment, ids, past_key_values=session, return_dict_in_generate=True, output_logits=True
-    )
+    found = generate(attachment, ids, **over(session), return_dict_in_generate=True, output_logits=True)
     fed, logits = ids[:, LENGTH:], []
     for _ in range(GREEDY["max_new_tokens"]):
         start = twin.get_seq_length()
@@ -145,10 +144,10 @@ def test_generating_from_all_ids_equals_explicit_positions_to_the_bit(attachment
 def test_a_ratio_of_one_is_no_compression(route: Route) -> None:
     ids = prompt(LENGTH)
     with attached(route) as plain:
-        expected = generate(plain, ids, past_key_values=plain.cache.session("a"))
+        expected = generate(plain, ids, **over(plain.cache.session("a")))
     with attached(route, use_compression=True, compression_ratio=1.0) as attachment:
         session = attachment.cache.session("a")
-        assert torch.equal(generate(attachment, ids, past_key_values=session), expected)
+        assert torch.equal(generate(attachment, ids, **over(session)), expected)
         assert session.compress() == 0
         assert attachment.cache.get_stats()["compressions"] == 0
         assert attachment.cache.get_stats()["mutable_pages"] == 0
@@ -158,17 +157,15 @@ def test_a_ratio_of_one_is_no_compression(route: Route) -> None:
 def test_a_session_is_compressed_behind_each_turn_and_keeps_its_share_of_the_whole(route: Route) -> None:
     with attached(route, use_compression=True, compression_ratio=0.4) as attachment:
         session = attachment.cache.session("a")
-        text = generate(attachment, prompt(LENGTH), past_key_values=session)
+        text = generate(attachment, prompt(LENGTH), **over(session))
         with attached(route) as plain:  # the first answer is nobody's loss
-            assert torch.equal(
-                text, generate(plain, prompt(LENGTH), past_key_values=plain.cache.session("a"))
-            )
+            assert torch.equal(text, generate(plain, prompt(LENGTH), **over(plain.cache.session("a"))))
         for turn in range(3):
             columns = text.shape[1] - 1  # the last token was never fed
             assert session.get_seq_length() == columns
             assert columns - session.rows.gap == kept_tokens(columns, 0.4)
             text = torch.cat([text, prompt(11, seed=turn)], dim=1)
-            text = generate(attachment, text, past_key_values=session)
+            text = generate(attachment, text, **over(session))
             assert session.cached_tokens == [columns]
         stats = attachment.cache.get_stats()
         assert stats["compressions"] == 4
@@ -189,10 +186,10 @@ def test_compressed_twice_with_one_share_nothing_more_goes(attachment: Attachmen
 def test_others_that_stand_on_the_same_pages_see_no_change(attachment: Attachment) -> None:
     ids, more = prompt(LENGTH), prompt(7, seed=1)
     first, second = attachment.cache.session("first"), attachment.cache.session("compressed")
-    generate(attachment, ids, past_key_values=first)
+    generate(attachment, ids, **over(first))
     feed(attachment, first, prompt(1, seed=9))
     before = [(layer.keys, layer.values) for layer in first.layers]
-    generate(attachment, ids, past_key_values=second)
+    generate(attachment, ids, **over(second))
     second.compress(0.3)
     after = [(layer.keys, layer.values) for layer in first.layers]
     for (keys, values), (its_keys, its_values) in zip(before, after, strict=True):
@@ -200,7 +197,7 @@ def test_others_that_stand_on_the_same_pages_see_no_change(attachment: Attachmen
         assert torch.equal(values, its_values)
     feed(attachment, second, more)
     third = attachment.cache.session("third")
-    found = generate(attachment, torch.cat([ids, more], dim=1), past_key_values=third)
+    found = generate(attachment, torch.cat([ids, more], dim=1), **over(third))
     # What was computed over the compressed text is found by nobody.
     assert third.cached_tokens[0] <= LENGTH + 6
     assert torch.equal(found, generate(attachment, torch.cat([ids, more], dim=1), use_cache=False))
@@ -271,16 +268,16 @@ def test_a_padded_batch_goes_on_generating(attachment: Attachment) -> None:
     mask = torch.ones_like(ids)
     mask[0, :31] = 0
     session = attachment.cache.session("batch")
-    text = generate(attachment, ids, attention_mask=mask, past_key_values=session)
+    text = generate(attachment, ids, attention_mask=mask, **over(session))
     session.compress(0.4)
     columns = session.get_seq_length()
     seen = torch.cat([mask, torch.ones(2, 6, dtype=torch.long)], dim=1)
-    both = generate(attachment, text, attention_mask=seen, past_key_values=session)
+    both = generate(attachment, text, attention_mask=seen, **over(session))
     assert session.cached_tokens == [columns - 31, columns]
     alone = attachment.cache.session("alone")
-    generate(attachment, ids[:1, 31:], past_key_values=alone)
+    generate(attachment, ids[:1, 31:], **over(alone))
     alone.compress(0.4)
-    assert torch.equal(both[:1, 31:], generate(attachment, text[:1, 31:], past_key_values=alone))
+    assert torch.equal(both[:1, 31:], generate(attachment, text[:1, 31:], **over(alone)))
 
 
 @pytest.mark.parametrize("back", [1, 20, RECENT])
@@ -312,7 +309,7 @@ def test_a_text_cut_within_the_compressed_part_is_computed_again(attachment: Att
     session.truncate(60)
     assert (session.get_seq_length(), session.rows.gap) == (60, 0)
     ids = torch.cat([prompt(LENGTH)[:, :60], prompt(8, seed=4)], dim=1)
-    found = generate(attachment, ids, past_key_values=session)
+    found = generate(attachment, ids, **over(session))
     assert torch.equal(found, generate(attachment, ids, use_cache=False))
 
 
@@ -320,14 +317,14 @@ def test_another_text_in_place_of_the_compressed_is_computed_as_ever(attachment:
     session = compressed(attachment)
     ids = prompt(LENGTH).clone()
     ids[0, 50] = 3 if ids[0, 50] != 3 else 4
-    found = generate(attachment, ids, past_key_values=session)
+    found = generate(attachment, ids, **over(session))
     assert torch.equal(found, generate(attachment, ids, use_cache=False))
     assert session.rows.gap == 0
 
 
 def test_the_same_prompt_again_computes_its_last_token_over_what_is_left(attachment: Attachment) -> None:
     session = compressed(attachment)
-    found = generate(attachment, prompt(LENGTH), past_key_values=session)
+    found = generate(attachment, prompt(LENGTH), **over(session))
     assert session.cached_tokens == [LENGTH - 1]
     assert session.rows.gap > 0
     assert torch.equal(found[:, :LENGTH], prompt(LENGTH))
@@ -352,11 +349,11 @@ def test_beams_and_several_answers_run_over_a_compressed_text(attachment: Attach
     model = make_model("llama")
     past = gapped(model, prompt(LENGTH), 0.4, CompressionScorer.KEYDIFF)
     past.batch_repeat_interleave(3)
-    found = generate(attachment, ids, past_key_values=session, num_beams=3)
-    assert torch.equal(found, model.generate(ids, past_key_values=past, num_beams=3, **GREEDY))
+    found = generate(attachment, ids, **over(session), num_beams=3)
+    assert torch.equal(found, model.generate(ids, **over(past), num_beams=3, **GREEDY))
     # One of the three goes on.
     longer = torch.cat([found, prompt(2, seed=1)], dim=1)
-    generate(attachment, longer, past_key_values=session)
+    generate(attachment, longer, **over(session))
     assert session.cached_tokens[0] >= LENGTH + 4
     assert session.num_rows == 1
 
@@ -367,8 +364,8 @@ def test_prompt_lookup_crops_behind_a_compressed_text(attachment: Attachment) ->
     ids = torch.cat(
         [prompt(LENGTH), prompt(LENGTH)[:, 60:75]], dim=1
     )  # an echo, so that there are candidates
-    expected = generate(attachment, ids, past_key_values=twin, eos_token_id=2)
-    found = generate(attachment, ids, past_key_values=session, prompt_lookup_num_tokens=3, eos_token_id=2)
+    expected = generate(attachment, ids, **over(twin), eos_token_id=2)
+    found = generate(attachment, ids, **over(session), prompt_lookup_num_tokens=3, eos_token_id=2)
     assert torch.equal(found, expected)
     assert session.rows.gap > 0
 
@@ -377,8 +374,8 @@ def test_a_prompt_fed_in_chunks_goes_on_from_a_compressed_text(attachment: Attac
     session = compressed(attachment)
     twin = session.fork()[0]
     ids = torch.cat([prompt(LENGTH), prompt(24, seed=3)], dim=1)
-    expected = generate(attachment, ids, past_key_values=twin)
-    found = generate(attachment, ids, past_key_values=session, prefill_chunk_size=7)
+    expected = generate(attachment, ids, **over(twin))
+    found = generate(attachment, ids, **over(session), prefill_chunk_size=7)
     assert torch.equal(found, expected)
 
 
@@ -387,7 +384,7 @@ def test_changed_weights_make_compressed_pages_strangers(attachment: Attachment)
     with torch.no_grad():
         attachment.model.model.layers[0].self_attn.v_proj.weight.mul_(0.5)
     ids = torch.cat([prompt(LENGTH), prompt(3, seed=3)], dim=1)
-    found = generate(attachment, ids, past_key_values=session)
+    found = generate(attachment, ids, **over(session))
     assert torch.equal(found, generate(attachment, ids, use_cache=False))
     assert session.rows.gap == 0
 
@@ -445,10 +442,10 @@ def test_an_empty_or_short_session_has_nothing_to_remove(attachment: Attachment)
 
 def test_a_session_at_rest_is_compressed_if_its_pages_are_still_there(attachment: Attachment) -> None:
     session = attachment.cache.session("a")
-    generate(attachment, prompt(LENGTH), past_key_values=session)
+    generate(attachment, prompt(LENGTH), **over(session))
     assert session.compress(0.4) > 0
     other = attachment.cache.session("b")
-    generate(attachment, prompt(LENGTH, seed=2), past_key_values=other)
+    generate(attachment, prompt(LENGTH, seed=2), **over(other))
     attachment.cache.clear()
     with pytest.raises(InvalidRequestError, match="evicted: run it through"):
         other.compress(0.4)

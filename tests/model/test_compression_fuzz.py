@@ -15,6 +15,7 @@ from kvhybrid.cache.compress.selection import RECENT, gather, kept_tokens
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 SCORERS = ("streaming", "keydiff", "lagkv", "knorm")
 STEPS = 14
@@ -45,16 +46,16 @@ class Life:
     @torch.no_grad()
     def feed(self) -> None:
         new = self.fresh(self.dice.choice([1, 1, 2, 9, 40]))
-        found = self.attachment.model(new, past_key_values=self.session, use_cache=True).logits
-        expected = self.twin(new, past_key_values=self.past, use_cache=True).logits
+        found = self.attachment.model(new, **over(self.session), use_cache=True).logits
+        expected = self.twin(new, **over(self.past), use_cache=True).logits
         close(found, expected)
         self.ids = torch.cat([self.ids, new], dim=1)
 
     def generate(self) -> None:
         ids = torch.cat([self.ids, self.fresh(self.dice.randint(1, 20))], dim=1)
         options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
-        found = self.attachment.model.generate(ids, past_key_values=self.session, **options)
-        assert torch.equal(found, self.twin.generate(ids, past_key_values=self.past, **options))
+        found = self.attachment.model.generate(ids, **over(self.session), **options)
+        assert torch.equal(found, self.twin.generate(ids, **over(self.past), **options))
         self.ids = found[:, :-1]
 
     def compress(self) -> None:
@@ -97,7 +98,7 @@ class Life:
     def whole(self) -> None:
         """The text will be computed again."""
         self.front, self.past = 0, Gapped(config=self.twin.config)
-        self.twin(self.ids, past_key_values=self.past, use_cache=True)
+        self.twin(self.ids, **over(self.past), use_cache=True)
 
     def step(self) -> None:
         acts = [self.feed, self.feed, self.generate, self.compress, self.compress, self.truncate]

@@ -15,6 +15,7 @@ from kvhybrid.cache.compress.selection import kept_tokens
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from kvhybrid.model.transformers_cache import PagedSession
@@ -38,7 +39,7 @@ def generate(attachment: Attachment, ids: torch.Tensor, **options: Any) -> torch
 
 def turn(attachment: Attachment, name: str, seed: int = 0) -> PagedSession:
     session: PagedSession = attachment.cache.session(name)
-    generate(attachment, prompt(LENGTH, seed=seed), past_key_values=session)
+    generate(attachment, prompt(LENGTH, seed=seed), **over(session))
     return session
 
 
@@ -71,18 +72,18 @@ def test_three_compressed_texts_run_where_two_whole_ones_do_not_fit() -> None:
         sessions = [attachment.cache.session(str(index)) for index in range(3)]
         with torch.no_grad():
             for index, session in enumerate(sessions):
-                attachment.model(prompt(LENGTH, seed=index), past_key_values=session)
+                attachment.model(prompt(LENGTH, seed=index), **over(session))
                 session.compress(0.25)
             for session, ids in zip(sessions, more, strict=True):
-                attachment.model(ids, past_key_values=session)
+                attachment.model(ids, **over(session))
         assert [session.rows.gap > 0 for session in sessions] == [True] * 3
         assert attachment.cache.get_stats()["undone_compressions"] == 0
     with attached(25) as attachment, torch.no_grad():
         sessions = [attachment.cache.session(str(index)) for index in range(3)]
         for index in range(2):
-            attachment.model(prompt(LENGTH, seed=index), past_key_values=sessions[index])
+            attachment.model(prompt(LENGTH, seed=index), **over(sessions[index]))
         with pytest.raises(CapacityError):
-            attachment.model(prompt(LENGTH, seed=2), past_key_values=sessions[2])
+            attachment.model(prompt(LENGTH, seed=2), **over(sessions[2]))
 
 
 @pytest.mark.parametrize("route", list(Route))
@@ -96,7 +97,7 @@ def test_without_room_beside_it_a_text_stays_whole(route: Route) -> None:
             session.compress()
         assert session.get_seq_length() == LENGTH + 3
         longer = torch.cat([prompt(LENGTH), prompt(5, seed=2)], dim=1)
-        found = generate(attachment, longer, past_key_values=session)
+        found = generate(attachment, longer, **over(session))
         assert torch.equal(found, generate(attachment, longer, use_cache=False))
         attachment.cache.pool.check()
 
@@ -114,7 +115,7 @@ def test_who_rested_longest_gives_its_pages_back_and_computes_its_text_again(rou
         attachment.cache.drop_session("1")
         attachment.cache.drop_session("2")
         longer = torch.cat([prompt(LENGTH), prompt(5, seed=2)], dim=1)
-        found = generate(attachment, longer, past_key_values=sessions[0])
+        found = generate(attachment, longer, **over(sessions[0]))
         assert torch.equal(found, generate(attachment, longer, use_cache=False))
         attachment.cache.pool.check()
 
@@ -182,7 +183,7 @@ def test_a_failure_halfway_leaves_everything_as_it_was(monkeypatch: pytest.Monke
 
 
 def own_way(*args: Any, **options: Any) -> torch.Tensor:
-    options["past_key_values"].reset()
+    options[CACHE].reset()
     return next(arg for arg in args if isinstance(arg, torch.Tensor))
 
 
@@ -190,7 +191,7 @@ def test_a_way_of_generating_that_leaves_no_text_is_no_error() -> None:
     with attached(64, use_compression=True, compression_ratio=0.25) as attachment:
         session = attachment.cache.session("a")
         ids = prompt(LENGTH)
-        found = generate(attachment, ids, past_key_values=session, custom_generate=own_way)
+        found = generate(attachment, ids, **over(session), custom_generate=own_way)
         assert torch.equal(found, ids)
         assert attachment.cache.get_stats()["skipped_compressions"] == 1
 

@@ -24,6 +24,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
 from kvhybrid.model.session_export import _digest
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def attachment(request: pytest.FixtureRequest) -> Iterator[Attachment]:
 
 @torch.no_grad()
 def feed(attachment: Attachment, session: PagedSession, ids: torch.Tensor) -> torch.Tensor:
-    return attachment.model(ids, past_key_values=session).logits[:, -1]
+    return attachment.model(ids, **over(session)).logits[:, -1]
 
 
 @torch.no_grad()
@@ -93,10 +94,10 @@ def test_a_fork_shares_all_but_its_last_page(attachment: Attachment) -> None:
 def test_a_fork_of_a_session_at_rest_finds_its_pages(attachment: Attachment) -> None:
     session = attachment.cache.session("root")
     ids = prompt(40)
-    text = attachment.model.generate(ids, max_new_tokens=5, do_sample=False, past_key_values=session)
+    text = attachment.model.generate(ids, max_new_tokens=5, do_sample=False, **over(session))
     (fork,) = session.fork()
     more = torch.cat([text, prompt(6, seed=3)], dim=1)
-    found = attachment.model.generate(more, max_new_tokens=5, do_sample=False, past_key_values=fork)
+    found = attachment.model.generate(more, max_new_tokens=5, do_sample=False, **over(fork))
     assert fork.cached_tokens[0] >= 44
     assert torch.equal(
         found, attachment.model.generate(more, max_new_tokens=5, do_sample=False, use_cache=False)
@@ -159,7 +160,7 @@ def test_what_is_imported_elsewhere_is_bit_equal_and_not_computed_again(dtype: s
     ids, mask = padded()
     with attached(Route.PAGED, dtype=dtype) as here, torch.no_grad():
         session = here.cache.session("alice")
-        here.model(ids, attention_mask=mask, past_key_values=session)
+        here.model(ids, attention_mask=mask, **over(session))
         data = session.export()
         expected = [session.layers[layer].keys for layer in range(3)]
     with attached(Route.PAGED, dtype=dtype) as there:
@@ -171,9 +172,7 @@ def test_what_is_imported_elsewhere_is_bit_equal_and_not_computed_again(dtype: s
         more = torch.cat([ids, prompt(8, seed=2).view(2, 4)], dim=1)
         twin.rows.release()
         seen = torch.cat([mask, torch.ones(2, 4, dtype=mask.dtype)], dim=1)
-        there.model.generate(
-            more, attention_mask=seen, max_new_tokens=2, do_sample=False, past_key_values=twin
-        )
+        there.model.generate(more, attention_mask=seen, max_new_tokens=2, do_sample=False, **over(twin))
         assert twin.cached_tokens == [27, 33]
 
 

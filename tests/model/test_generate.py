@@ -16,6 +16,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import CapacityError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE_NAMES, over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,7 +47,7 @@ def own_text(
     mask = mask if mask is not None else torch.ones_like(ids)
     past = DynamicCache(config=attachment.model.config)
     return attachment.model.generate(
-        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, past_key_values=past, **kwargs
+        ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, **over(past), **kwargs
     )
 
 
@@ -91,40 +92,48 @@ def test_a_session_continues_turn_by_turn(attachment: Attachment) -> None:
     text = prompt(21)
     for turn in range(4):
         expected = own_text(attachment, text)
-        assert torch.equal(our_text(attachment, text, past_key_values=session), expected)
+        assert torch.equal(our_text(attachment, text, **over(session)), expected)
         assert session.get_seq_length() == expected.shape[1] - 1
         text = torch.cat([expected, prompt(5 + turn, seed=turn)], dim=1)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_session_is_taken_under_either_name_of_a_cache(attachment: Attachment, name: str) -> None:
+    session = attachment.cache.session("named")
+    text = our_text(attachment, prompt(21), **{name: session})
+    assert session.get_seq_length() == text.shape[1] - 1
+    with torch.no_grad():
+        attachment.model(text[:, -1:], **{name: session})
+    assert session.get_seq_length() == text.shape[1]
+
+
 def test_new_tokens_alone_continue_a_session_when_the_mask_is_whole(attachment: Attachment) -> None:
     session = attachment.cache.session("talk")
-    first = our_text(attachment, prompt(20), past_key_values=session)
+    first = our_text(attachment, prompt(20), **over(session))
     whole = torch.cat([first, prompt(6, seed=3)], dim=1)
     fed = whole[:, session.get_seq_length() :]
     if transformers.__version__.startswith("4."):  # it slices them by a mask that it takes for the ids
         with pytest.raises(IndexError):
-            our_text(attachment, fed, torch.ones_like(whole), past_key_values=session)
+            our_text(attachment, fed, torch.ones_like(whole), **over(session))
         return
-    found = our_text(attachment, fed, torch.ones_like(whole), past_key_values=session)
+    found = our_text(attachment, fed, torch.ones_like(whole), **over(session))
     assert torch.equal(found[:, fed.shape[1] :], own_text(attachment, whole)[:, whole.shape[1] :])
 
 
 def test_different_text_under_the_same_session_is_answered_for_what_it_is(attachment: Attachment) -> None:
     session = attachment.cache.session("talk")
-    our_text(attachment, prompt(40), past_key_values=session)
+    our_text(attachment, prompt(40), **over(session))
     other = prompt(37, seed=5)
-    assert torch.equal(our_text(attachment, other, past_key_values=session), own_text(attachment, other))
+    assert torch.equal(our_text(attachment, other, **over(session)), own_text(attachment, other))
 
 
 def test_a_session_longer_than_the_prompt_is_cut_to_what_they_share(attachment: Attachment) -> None:
     session = attachment.cache.session("talk")
     ids = prompt(50)
-    our_text(attachment, ids, past_key_values=session)
+    our_text(attachment, ids, **over(session))
     for length in (50, 33, 32, 7, 1):
         edited = ids[:, :length]
-        assert torch.equal(
-            our_text(attachment, edited, past_key_values=session), own_text(attachment, edited)
-        )
+        assert torch.equal(our_text(attachment, edited, **over(session)), own_text(attachment, edited))
 
 
 @pytest.mark.parametrize("pads", [(0, 5), (3, 0), (17, 1), (30, 0)])
@@ -178,8 +187,8 @@ def test_forward_loops_over_a_session_give_the_models_own_logits(attachment: Att
         done = 0
         for width in (17, 1, 1, 9, 2, 30):
             fed = ids[:, done : done + width]
-            found = model(input_ids=fed, past_key_values=session, use_cache=True).logits
-            expected = model(input_ids=fed, past_key_values=past, use_cache=True).logits
+            found = model(input_ids=fed, **over(session), use_cache=True).logits
+            expected = model(input_ids=fed, **over(past), use_cache=True).logits
             assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
             done += width
     layer = past.layers[1]  # with a sliding window it holds the window only, ours holds everything
@@ -191,11 +200,11 @@ def test_forward_loops_over_a_session_give_the_models_own_logits(attachment: Att
 
 def test_a_forward_pass_after_generate_takes_released_pages_back(attachment: Attachment) -> None:
     model, session = attachment.model, attachment.cache.session("loop")
-    text = our_text(attachment, prompt(41), past_key_values=session)
+    text = our_text(attachment, prompt(41), **over(session))
     if attachment.cache.clear() == 0:
         pytest.fail("nothing was evicted")
     with torch.no_grad():
-        found = model(input_ids=text[:, -1:], past_key_values=session, use_cache=True).logits
+        found = model(input_ids=text[:, -1:], **over(session), use_cache=True).logits
         expected = model(input_ids=text).logits[:, -1:]
     assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
     session.close()
@@ -225,24 +234,24 @@ def test_a_prompt_longer_than_the_budget_is_refused_and_nothing_stays(attachment
 def test_bad_input_is_refused_with_the_numbers(attachment: Attachment) -> None:
     session = attachment.cache.session("bad")
     with pytest.raises(InvalidRequestError, match="empty"):
-        attachment.model.generate(torch.zeros((1, 0), dtype=torch.long), past_key_values=session)
+        attachment.model.generate(torch.zeros((1, 0), dtype=torch.long), **over(session))
     with pytest.raises(InvalidRequestError, match=rf"{VOCAB}.*{VOCAB}"):
-        our_text(attachment, torch.tensor([[5, VOCAB, 3]]), past_key_values=session)
+        our_text(attachment, torch.tensor([[5, VOCAB, 3]]), **over(session))
     with pytest.raises(InvalidRequestError, match="-4"):
         our_text(attachment, torch.tensor([[5, -4, 3]]))
     right = torch.ones((1, 6), dtype=torch.long)
     right[0, 4:] = 0
     with pytest.raises(UnsupportedError, match="left padding"):
-        our_text(attachment, prompt(6), right, past_key_values=session)
+        our_text(attachment, prompt(6), right, **over(session))
     with pytest.raises(UnsupportedError, match="hides all"):
-        our_text(attachment, prompt(6), torch.zeros_like(right), past_key_values=session)
+        our_text(attachment, prompt(6), torch.zeros_like(right), **over(session))
 
 
 def test_a_session_is_no_use_to_a_model_it_is_not_attached_to(attachment: Attachment) -> None:
     session = attachment.cache.session("lost")
     other = make_model("llama", seed=3)
     with pytest.raises(UnsupportedError, match="attach"), torch.no_grad():
-        other(input_ids=prompt(5), past_key_values=session)
+        other(input_ids=prompt(5), **over(session))
 
 
 def test_attach_chooses_a_route_by_itself(model: PreTrainedModel) -> None:

@@ -48,6 +48,7 @@ from kvhybrid.errors import CapacityError, ConfigError, InvalidRequestError, Uns
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
 from kvhybrid.model.runner import Packing, Runner
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,7 +125,7 @@ def test_padding_in_a_forward_pass_does_not_move_what_others_find(
     positions = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if with_positions else {}
     session = attached.cache.session("batch")
     with torch.no_grad():
-        attached.model(ids, attention_mask=mask, past_key_values=session, **positions)
+        attached.model(ids, attention_mask=mask, **over(session), **positions)
     session.close()
     for row, pad in ((0, 9), (1, 0)):
         plain = ids[row : row + 1, pad:]
@@ -135,7 +136,7 @@ def test_positions_of_ones_own_are_refused(attached: Attachment) -> None:
     ids = prompt(33)
     with pytest.raises(UnsupportedError, match="position_ids"), torch.no_grad():
         session = attached.cache.session("far")
-        attached.model(ids, position_ids=torch.arange(33)[None] * 3, past_key_values=session)
+        attached.model(ids, position_ids=torch.arange(33)[None] * 3, **over(session))
     assert torch.equal(text_of(attached.model, ids), own_text(ids))
 
 
@@ -144,11 +145,11 @@ def test_padded_rows_that_were_evicted_are_computed_again_in_their_place(attache
     mask = torch.ones_like(ids)
     ids[0, :7], mask[0, :7] = 0, 0
     session = attached.cache.session("batch")
-    text = text_of(attached.model, ids, attention_mask=mask, past_key_values=session)
+    text = text_of(attached.model, ids, attention_mask=mask, **over(session))
     attached.cache.clear()
     seen = torch.cat([mask, torch.ones((2, 8), dtype=torch.long)], dim=1)
     with torch.no_grad():
-        found = attached.model(text[:, -1:], attention_mask=seen, past_key_values=session).logits
+        found = attached.model(text[:, -1:], attention_mask=seen, **over(session)).logits
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
         expected = make_model("llama")(text, attention_mask=seen, position_ids=positions).logits[:, -1:]
     assert torch.allclose(found, expected, atol=1e-3)
@@ -166,9 +167,9 @@ def test_inputs_beside_the_tokens_are_not_served_to_those_who_lack_them() -> Non
         assert torch.equal(text_of(model, ids), text_of(own, ids))
         session = attachment.cache.session("types")
         with pytest.raises(UnsupportedError, match="token_type_ids"):
-            text_of(model, ids, token_type_ids=types, past_key_values=session)
+            text_of(model, ids, token_type_ids=types, **over(session))
         with pytest.raises(UnsupportedError, match="token_type_ids"), torch.no_grad():
-            model(ids, token_type_ids=types, past_key_values=session)
+            model(ids, token_type_ids=types, **over(session))
 
 
 def test_a_pass_that_leaves_layers_out_is_not_cached(attached: Attachment) -> None:
@@ -178,7 +179,7 @@ def test_a_pass_that_leaves_layers_out_is_not_cached(attached: Attachment) -> No
         layers = attached.model.model.layers
         try:
             attached.model.model.layers = layers[:1]
-            attached.model(ids, past_key_values=session)
+            attached.model(ids, **over(session))
         finally:
             attached.model.model.layers = layers
     assert session.get_seq_length() == 0
@@ -228,7 +229,7 @@ def test_a_session_in_use_is_refused_to_another_thread(attached: Attachment) -> 
 
     def intrude() -> None:
         try:
-            text_of(attached.model, prompt(10), past_key_values=session)
+            text_of(attached.model, prompt(10), **over(session))
         except InvalidRequestError as error:
             refused.append(error)
 
@@ -240,7 +241,7 @@ def test_a_session_in_use_is_refused_to_another_thread(attached: Attachment) -> 
 
     hook = attached.model.model.layers[0].register_forward_pre_hook(while_running)
     ids = prompt(20)
-    found = text_of(attached.model, ids, past_key_values=session)
+    found = text_of(attached.model, ids, **over(session))
     hook.remove()
     assert len(refused) == 1
     assert torch.equal(found, own_text(ids))
@@ -256,10 +257,10 @@ def test_a_session_closed_by_another_thread_closes_when_it_is_done(attached: Att
 
     hook = attached.model.model.layers[0].register_forward_pre_hook(drop)
     ids = prompt(20)
-    assert torch.equal(text_of(attached.model, ids, past_key_values=session), own_text(ids))
+    assert torch.equal(text_of(attached.model, ids, **over(session)), own_text(ids))
     hook.remove()
     with pytest.raises(kvhybrid.errors.ClosedError):
-        text_of(attached.model, ids, past_key_values=session)
+        text_of(attached.model, ids, **over(session))
 
 
 def test_dropout_is_not_cached() -> None:
@@ -270,7 +271,7 @@ def test_dropout_is_not_cached() -> None:
         with pytest.warns(UserWarning, match="training"):
             text_of(model, ids)
         with pytest.raises(UnsupportedError, match="training"):
-            text_of(model, ids, past_key_values=attachment.cache.session("train"))
+            text_of(model, ids, **over(attachment.cache.session("train")))
         model.eval()
         assert torch.equal(text_of(model, ids), text_of(own, ids))
 
@@ -283,9 +284,9 @@ def test_a_mask_that_hides_other_tokens_later_is_refused(attached: Attachment) -
     other = torch.ones((2, 13), dtype=torch.long)
     other[1, :2] = 0
     with torch.no_grad():
-        attached.model(ids, attention_mask=mask, past_key_values=session)
+        attached.model(ids, attention_mask=mask, **over(session))
         with pytest.raises(UnsupportedError, match="hides other tokens"):
-            attached.model(ids[:, :1], attention_mask=other, past_key_values=session)
+            attached.model(ids[:, :1], attention_mask=other, **over(session))
     session.close()
 
 
@@ -296,7 +297,7 @@ def test_modes_of_autograd_may_change_between_calls(attached: Attachment) -> Non
         assert torch.equal(text_of(attached.model, ids), expected)
     assert torch.equal(text_of(attached.model, ids), expected)
     session = attached.cache.session("graph")
-    attached.model(ids, past_key_values=session)  # nobody said no_grad
+    attached.model(ids, **over(session))  # nobody said no_grad
     assert not any(pages.requires_grad for pages in attached.cache.storage.keys)
     session.close()
     with torch.inference_mode():
@@ -325,16 +326,16 @@ def test_a_right_padded_batch_runs_as_it_did_before(attached: Attachment) -> Non
 def test_a_session_that_could_not_be_restored_for_want_of_room_is_as_it_was(attached: Attachment) -> None:
     cache, model = attached.cache, attached.model
     session = cache.session("late")
-    text = text_of(model, prompt(41), past_key_values=session)
+    text = text_of(model, prompt(41), **over(session))
     cache.clear()
     hog = cache.session("hog")
     with torch.no_grad():
-        model(prompt(500, seed=3), past_key_values=hog)
+        model(prompt(500, seed=3), **over(hog))
         with pytest.raises(CapacityError):
-            model(text[:, -1:], past_key_values=session)
+            model(text[:, -1:], **over(session))
         hog.close()
         cache.clear()
-        found = model(text[:, -1:], past_key_values=session).logits
+        found = model(text[:, -1:], **over(session)).logits
         expected = make_model("llama")(text).logits[:, -1:]
     assert torch.allclose(found, expected, atol=1e-3)
     session.close()
@@ -342,9 +343,9 @@ def test_a_session_that_could_not_be_restored_for_want_of_room_is_as_it_was(atta
 
 def test_tokens_without_a_mask_are_the_whole_prompt(attached: Attachment) -> None:
     session = attached.cache.session("talk")
-    text_of(attached.model, prompt(20), past_key_values=session)
+    text_of(attached.model, prompt(20), **over(session))
     new = prompt(5, seed=4)
-    assert torch.equal(text_of(attached.model, new, past_key_values=session), own_text(new))
+    assert torch.equal(text_of(attached.model, new, **over(session)), own_text(new))
 
 
 @pytest.mark.parametrize("route", list(Route))
@@ -354,9 +355,9 @@ def test_a_window_that_was_passed_is_cropped_like_any_other_text(route: Route) -
     cache = KVCache.for_model(model, KVCacheConfig(**CONFIG))
     with Attachment(model, cache, route, "test").install(), torch.no_grad():
         session = cache.session("window")
-        model(ids, past_key_values=session)
+        model(ids, **over(session))
         session.crop(-30)
-        found = model(other, past_key_values=session).logits
+        found = model(other, **over(session)).logits
         expected = own(torch.cat([ids[:, :30], other], dim=1)).logits[:, 30:]
         assert torch.allclose(found, expected, atol=1e-4)
         session.close()
@@ -367,8 +368,8 @@ def test_a_model_whose_own_cache_changes_its_text_is_refused() -> None:
         """Attends to nothing before the last call, whatever its cache holds."""
 
         def forward(self, *args: object, **kwargs: object) -> object:
-            if kwargs.get("past_key_values") is not None:
-                kwargs["past_key_values"].reset()
+            if kwargs.get(CACHE) is not None:
+                kwargs[CACHE].reset()
                 kwargs["attention_mask"] = None
             return super().forward(*args, **kwargs)
 

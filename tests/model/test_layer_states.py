@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ def run(model: PreTrainedModel, cache: DynamicCache, ids: torch.Tensor) -> torch
     done = cache.get_seq_length()
     positions = torch.arange(done, done + ids.shape[1])[None].expand(len(ids), -1)
     with torch.no_grad():
-        output = model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids, position_ids=positions, **over(cache), use_cache=True)
     logits: torch.Tensor = output.logits[:, -1]
     return logits
 
@@ -144,12 +145,12 @@ def test_states_of_one_mode_serve_the_other() -> None:
     cache, live = begin(model)
     ids = prompt(12)
     with torch.inference_mode():
-        model(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :6], **over(cache), use_cache=True)
     for layer in cache.layers:
         if getattr(layer, "keys", None) is not None:
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
     live.settle()
-    model(input_ids=ids[:, 6:7], past_key_values=cache, use_cache=True)  # with gradients, too
+    model(input_ids=ids[:, 6:7], **over(cache), use_cache=True)  # with gradients, too
     live.settle()
     assert not any(
         part.requires_grad or part.is_inference() for layer in live for part in layer.conv_states.values()

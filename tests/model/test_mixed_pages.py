@@ -14,6 +14,7 @@ from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ def attachment(request: pytest.FixtureRequest) -> Iterator[Attachment]:
 
 @torch.no_grad()
 def feed(attachment: Attachment, past: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = attachment.model(ids, past_key_values=past, use_cache=True).logits
+    logits: torch.Tensor = attachment.model(ids, **over(past), use_cache=True).logits
     return logits
 
 
@@ -111,7 +112,7 @@ def test_a_whole_text_is_answered_from_what_is_left_of_it(attachment: Attachment
     session, text = mixed(attachment)
     held, more = session.get_seq_length(), prompt(6, seed=8)
     session.rows.reader.forget(0)
-    answer = attachment.model.generate(torch.cat([text, more], dim=1), past_key_values=session, **GREEDY)
+    answer = attachment.model.generate(torch.cat([text, more], dim=1), **over(session), **GREEDY)
     assert session.cached_tokens == [held]
     past, ids, said = told(session, held), more, []
     for _ in range(GREEDY["max_new_tokens"]):
@@ -138,14 +139,14 @@ def test_beams_and_samples_start_from_it(attachment: Attachment) -> None:
     whole = torch.cat([text, prompt(3, seed=6)], dim=1)
     make_way(attachment)
     (fork,) = session.fork()
-    beams = attachment.model.generate(whole, past_key_values=fork, num_beams=3, **GREEDY)
+    beams = attachment.model.generate(whole, **over(fork), num_beams=3, **GREEDY)
     assert beams.shape == (1, whole.shape[1] + 5)
     fork.close()
     # Without an end token transformers 4 fails to look candidates up.
     assisted = {"do_sample": False, "prompt_lookup_num_tokens": 4, "eos_token_id": 2}
     for options in ({"do_sample": True}, assisted):
         torch.manual_seed(0)
-        found = attachment.model.generate(whole, past_key_values=session, max_new_tokens=5, **options)
+        found = attachment.model.generate(whole, **over(session), max_new_tokens=5, **options)
         assert torch.equal(found[:, : whole.shape[1]], whole)
     assert attachment.cache.get_stats()["undone_compressions"] == 0
 

@@ -15,6 +15,7 @@ from kvhybrid.cache.compress.selection import RECENT, choose, gather, kept_token
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def attached(scorer: str, route: Route = Route.PAGED, **fields: Any) -> Attachme
 
 @torch.no_grad()
 def feed(attachment: Attachment, past: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
-    return attachment.model(ids, past_key_values=past, use_cache=True, **more).logits
+    return attachment.model(ids, **over(past), use_cache=True, **more).logits
 
 
 @torch.no_grad()
@@ -156,15 +157,13 @@ def test_turns_of_padded_batches_are_compressed_by_queries(scorer: str) -> None:
     mask[0, :50] = 0
     with attached(scorer, use_compression=True, compression_ratio=0.4) as attachment:
         session = attachment.cache.session("a")
-        text = attachment.model.generate(ids, attention_mask=mask, past_key_values=session, **GREEDY)
+        text = attachment.model.generate(ids, attention_mask=mask, **over(session), **GREEDY)
         assert session.rows.gap > 0
         seen_mask = torch.cat([mask, torch.ones(2, 6, dtype=torch.long)], dim=1)
-        both = attachment.model.generate(text, attention_mask=seen_mask, past_key_values=session, **GREEDY)
+        both = attachment.model.generate(text, attention_mask=seen_mask, **over(session), **GREEDY)
         alone = attachment.cache.session("alone")
-        attachment.model.generate(ids[:1, 50:], past_key_values=alone, **GREEDY)
-        assert torch.equal(
-            both[:1, 50:], attachment.model.generate(text[:1, 50:], past_key_values=alone, **GREEDY)
-        )
+        attachment.model.generate(ids[:1, 50:], **over(alone), **GREEDY)
+        assert torch.equal(both[:1, 50:], attachment.model.generate(text[:1, 50:], **over(alone), **GREEDY))
 
 
 def test_the_last_queries_are_seen_whatever_others_had_cached() -> None:
@@ -172,13 +171,13 @@ def test_the_last_queries_are_seen_whatever_others_had_cached() -> None:
         kept = []
         for name in ("first", "second"):
             session = attachment.cache.session(name)
-            attachment.model.generate(prompt(LENGTH), past_key_values=session, **GREEDY)
+            attachment.model.generate(prompt(LENGTH), **over(session), **GREEDY)
             kept.append([layer.keys for layer in session.layers])
         assert session.cached_tokens == [LENGTH - RECENT]
         for first, second in zip(*kept, strict=True):
             close(first, second)
         short = attachment.cache.session("short")
-        attachment.model.generate(prompt(20), past_key_values=short, **GREEDY)
+        attachment.model.generate(prompt(20), **over(short), **GREEDY)
         assert short.cached_tokens == [0]
 
 

@@ -18,6 +18,7 @@ from kvhybrid.model import probe
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.probe import STEPS, choose_route, try_routes
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 
 def layout_of(model: torch.nn.Module) -> KVLayout:
@@ -58,7 +59,7 @@ def test_a_model_whose_own_cache_changes_its_text_is_refused(choose, monkeypatch
 
     def confused(**kwargs):
         output = forward(**kwargs)
-        if kwargs.get("past_key_values") is not None and kwargs["input_ids"].shape[1] == 1:
+        if kwargs.get(CACHE) is not None and kwargs["input_ids"].shape[1] == 1:
             output.logits = output.logits * 2 + 1
         return output
 
@@ -74,7 +75,7 @@ def test_a_model_that_cannot_go_on_from_a_cache_is_refused_with_its_reason(choos
     layout, forward = layout_of(model), model.forward
 
     def fail(**kwargs):
-        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length():
+        if kwargs.get(CACHE) is not None and kwargs[CACHE].get_seq_length():
             raise AssertionError("one text, one pass")
         return forward(**kwargs)
 
@@ -93,10 +94,10 @@ def test_a_cache_laid_out_for_other_layers_is_refused() -> None:
 
 def test_a_layer_on_another_device_has_its_pages_there(monkeypatch) -> None:
     model = make_model("llama")
-    past = model(torch.arange(3)[None], use_cache=True).past_key_values
+    past = model(torch.arange(3)[None], use_cache=True)[CACHE]
     last = past.layers[-1]
     last.keys, last.values = last.keys.to("meta"), last.values.to("meta")
-    output = SimpleNamespace(past_key_values=past)
+    output = SimpleNamespace(**over(past))
     monkeypatch.setattr(model, "forward", lambda **kwargs: output)
     assert [device.type for device in measure_layers(model).devices] == ["cpu", "cpu", "meta"]
     storage = KVCache.for_model(model, KVCacheConfig(max_tokens=64, block_size=16)).storage

@@ -18,6 +18,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.cache.quantized import as_ids
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -61,7 +62,7 @@ def attachment(request: pytest.FixtureRequest) -> Iterator[Attachment]:
 
 @torch.no_grad()
 def feed(attachment: Attachment, session: PagedSession, ids: torch.Tensor) -> torch.Tensor:
-    return attachment.model(ids, past_key_values=session).logits
+    return attachment.model(ids, **over(session)).logits
 
 
 def table(session: PagedSession, row: int = 0) -> list[int]:
@@ -84,7 +85,7 @@ def feed_and_told(
     past = DynamicCache()
     for index, layer in enumerate(session.layers):
         past.update(layer.keys[:, :, :held], layer.values[:, :, :held], index)
-    return logits, attachment.model(ids, past_key_values=past).logits
+    return logits, attachment.model(ids, **over(past)).logits
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -111,7 +112,7 @@ def test_old_pages_are_read_as_their_records_say_and_new_ones_exactly(route: Rou
     with attached(route, **fields) as attachment, torch.no_grad():  # type: ignore[arg-type]
         storage, session = attachment.cache.storage, attachment.cache.session("a")
         own = DynamicCache()
-        attachment.model(ids, past_key_values=own)
+        attachment.model(ids, **over(own))
         feed(attachment, session, ids)
         pages = table(session)
         assert sum(page >= storage.num_full for page in pages) == len(pages) - storage.num_full
@@ -175,7 +176,7 @@ def test_a_page_is_quantized_once(attachment: Attachment, monkeypatch: pytest.Mo
 def test_generated_text_is_what_the_bare_model_says(attachment: Attachment) -> None:
     ids = prompt(260)
     found = attachment.model.generate(
-        ids, max_new_tokens=40, do_sample=False, past_key_values=attachment.cache.session("a")
+        ids, max_new_tokens=40, do_sample=False, **over(attachment.cache.session("a"))
     )
     expected = attachment.model.generate(ids, max_new_tokens=40, do_sample=False, use_cache=False)
     assert torch.equal(found, expected)
@@ -214,7 +215,7 @@ def test_beams_over_quantized_pages_are_right(route: Route) -> None:
         session = attachment.cache.session("a")
         feed(attachment, session, ids)
         assert True in is_cold(attachment, session)
-        found = attachment.model.generate(ids, **kwargs, past_key_values=session)
+        found = attachment.model.generate(ids, **kwargs, **over(session))
         assert torch.equal(found, attachment.model.generate(ids, **kwargs, use_cache=False))
 
 
@@ -226,7 +227,7 @@ def test_padded_batches_see_both_kinds_of_pages() -> None:
     for route in Route:
         with attached(route, pages=48) as attachment:
             session = attachment.cache.session("a")
-            found = attachment.model.generate(ids, **kwargs, past_key_values=session)
+            found = attachment.model.generate(ids, **kwargs, **over(session))
             assert attachment.cache.get_stats()["quantized_tokens"] > 0
             assert torch.equal(found, attachment.model.generate(ids, **kwargs, use_cache=False))
 
@@ -256,10 +257,10 @@ def test_an_exported_text_of_both_kinds_is_imported_as_it_reads(attachment: Atta
 def test_a_prompt_that_no_budget_holds_is_refused_and_nothing_is_lost(attachment: Attachment) -> None:
     session, pool = attachment.cache.session("a"), attachment.cache.pool
     with pytest.raises(CapacityError, match=f"of {attachment.cache.storage.num_full}"), torch.no_grad():
-        attachment.model(prompt(pool.num_pages * BLOCK + 1), past_key_values=session)
+        attachment.model(prompt(pool.num_pages * BLOCK + 1), **over(session))
     pool.check()
     ids = prompt(40, seed=1)  # another text: what was computed of that one is kept, in a few bits
-    found = attachment.model.generate(ids, max_new_tokens=4, do_sample=False, past_key_values=session)
+    found = attachment.model.generate(ids, max_new_tokens=4, do_sample=False, **over(session))
     expected = attachment.model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(found, expected)
 
@@ -342,7 +343,7 @@ def test_threads_that_move_each_others_pages_read_what_they_wrote() -> None:
                         feed(attachment, session, texts[index][:, at : at + 1])
                     own = DynamicCache()
                     with torch.no_grad():
-                        attachment.model(texts[index], past_key_values=own)
+                        attachment.model(texts[index], **over(own))
                     # The first layer's K depends on no other page.
                     error = (session.layers[0].keys - own.layers[0].keys).abs().max()
                     if error > 0.05:

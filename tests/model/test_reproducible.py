@@ -14,6 +14,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model import attach
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,9 +86,9 @@ def test_text_is_the_models_own(route: Route) -> None:
 def test_what_was_generated_is_prefilled_again_in_the_next_turn() -> None:
     model = make_model("llama", dtype=torch.bfloat16)
     with attached(model, Route.PAGED) as attachment:
-        text, _ = answer(attachment, prompt(60), past_key_values=attachment.cache.session("alice"))
+        text, _ = answer(attachment, prompt(60), **over(attachment.cache.session("alice")))
         turn = torch.cat([text, prompt(40, seed=1)], dim=1)
-        warm = answer(attachment, turn, past_key_values=attachment.cache.session("alice"))
+        warm = answer(attachment, turn, **over(attachment.cache.session("alice")))
         assert attachment.cache.session("alice").cached_tokens == [GRID]
         attachment.cache.clear()
         cold = answer(attachment, turn)
@@ -149,11 +150,11 @@ def test_what_repeated_rows_compute_is_not_shared_with_one_alone() -> None:
     model, ids = make_model("llama"), prompt(100)
     with attached(model, Route.PAGED) as attachment:
         session = attachment.cache.session("alice")
-        model(ids[:, :GRID], past_key_values=session)
+        model(ids[:, :GRID], **over(session))
         session.batch_repeat_interleave(2)
-        model(ids[:, GRID : 3 * GRID].repeat(2, 1), past_key_values=session)
+        model(ids[:, GRID : 3 * GRID].repeat(2, 1), **over(session))
         other = attachment.cache.session("bob")
-        model.generate(ids, max_new_tokens=1, past_key_values=other)
+        model.generate(ids, max_new_tokens=1, **over(other))
         assert other.cached_tokens == [GRID]
 
 
@@ -161,20 +162,17 @@ def test_a_long_call_is_the_same_as_its_parts() -> None:
     model = make_model("llama")
     ids = prompt(75)
     with attached(model, Route.PAGED) as attachment, torch.no_grad():
-        whole = model(ids, past_key_values=attachment.cache.session("one"), output_hidden_states=True)
+        whole = model(ids, **over(attachment.cache.session("one")), output_hidden_states=True)
         session = attachment.cache.session("two")
-        parts = [
-            model(ids[:, start : start + GRID], past_key_values=session).logits
-            for start in range(0, 75, GRID)
-        ]
+        parts = [model(ids[:, start : start + GRID], **over(session)).logits for start in range(0, 75, GRID)]
         assert torch.equal(whole.logits, torch.cat(parts, dim=1))
         assert [tuple(states.shape) for states in whole.hidden_states] == [(1, 75, 48)] * 4
-        last = model(ids, past_key_values=attachment.cache.session("three"), logits_to_keep=40).logits
+        last = model(ids, **over(attachment.cache.session("three")), logits_to_keep=40).logits
         assert torch.equal(last, whole.logits[:, -40:])
         some = torch.tensor([0, 40, 74])
-        chosen = model(ids, past_key_values=attachment.cache.session("four"), logits_to_keep=some).logits
+        chosen = model(ids, **over(attachment.cache.session("four")), logits_to_keep=some).logits
         torch.testing.assert_close(chosen, whole.logits[:, some])
-        (logits, *_) = model(ids, past_key_values=attachment.cache.session("five"), return_dict=False)
+        (logits, *_) = model(ids, **over(attachment.cache.session("five")), return_dict=False)
         assert torch.equal(logits, whole.logits)
 
 
@@ -182,10 +180,10 @@ def test_what_cannot_be_joined_is_refused_and_the_session_stands_as_it_stood() -
     model = make_model("llama")
     with attached(model, Route.PAGED) as attachment, torch.no_grad():
         session = attachment.cache.session("alice")
-        model(prompt(10), past_key_values=session)
+        model(prompt(10), **over(session))
         ids = prompt(70, seed=1)
         with pytest.raises(UnsupportedError, match="labels in a call of 3 forward passes"):
-            model(ids, labels=ids, past_key_values=session)
+            model(ids, labels=ids, **over(session))
         calls = []
 
         def fail_later(*args: Any) -> None:
@@ -196,9 +194,9 @@ def test_what_cannot_be_joined_is_refused_and_the_session_stands_as_it_stood() -
         handle = model.model.layers[2].register_forward_pre_hook(fail_later)
         attachment.model.generation_config.max_new_tokens = 1
         with pytest.raises(RuntimeError, match="interrupted"):
-            model(ids, past_key_values=session)
+            model(ids, **over(session))
         assert session.get_seq_length() == 10
         handle.remove()
-        found = model(ids, past_key_values=session).logits
+        found = model(ids, **over(session)).logits
         expected = model(torch.cat([prompt(10), ids], dim=1), use_cache=False).logits[:, 10:]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)

@@ -20,6 +20,7 @@ from kvhybrid._core import Batch
 from kvhybrid.cache.step import Step
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.runner import Packing, Runner
+from kvhybrid.model.versions import CACHE
 
 
 def make_cache(model, block_size=8, max_tokens=1024, **options):
@@ -112,7 +113,7 @@ def test_a_model_that_ignores_the_cache_is_refused_with_both_reasons(monkeypatch
     calls = []
 
     def forgetful(*args, **kwargs):
-        calls.append(type(kwargs.get("past_key_values")).__name__)
+        calls.append(type(kwargs.get(CACHE)).__name__)
         output = forward(*args, **kwargs)
         if calls[-1] == "StepCache":
             output.logits = output.logits * 2 + 1

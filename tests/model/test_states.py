@@ -20,6 +20,7 @@ from kvhybrid.model import session_states
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,7 +54,7 @@ def attachment(request: pytest.FixtureRequest, model: PreTrainedModel) -> Iterat
 def text(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
 ) -> torch.Tensor:
-    """What is written with the cache (or, with ``past_key_values``, with that one)."""
+    """What is written with the cache (or with the one given)."""
     mask = mask if mask is not None else torch.ones_like(ids)
     kwargs = {"max_new_tokens": NEW, "do_sample": False, **kwargs}
     return model.generate(ids, attention_mask=mask, **kwargs)
@@ -63,7 +64,7 @@ def own(
     model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: object
 ) -> torch.Tensor:
     """What the model writes through a DynamicCache."""
-    return text(model, ids, mask, past_key_values=DynamicCache(config=model.config), **kwargs)
+    return text(model, ids, mask, **over(DynamicCache(config=model.config)), **kwargs)
 
 
 def stat(attachment: Attachment, name: str) -> int:
@@ -105,7 +106,7 @@ def test_where_two_texts_parted_a_third_goes_on(attachment: Attachment) -> None:
     for seed in range(3):
         session = attachment.cache.session(str(seed))
         ids = torch.cat([opening, prompt(45, seed=seed)], dim=1)
-        assert torch.equal(text(attachment.model, ids, past_key_values=session), own(attachment.model, ids))
+        assert torch.equal(text(attachment.model, ids, **over(session)), own(attachment.model, ids))
         held += session.cached_tokens
     # The first saw no reason to keep a state at 32, the second could not use what was not there.
     assert held == [0, 0, 32]
@@ -120,7 +121,7 @@ def test_long_prompts_keep_states_on_the_way(attachment: Attachment, monkeypatch
         session = attachment.cache.session(str(shared))
         parted = torch.cat([ids[:, :shared], prompt(9, seed=shared)], dim=1)
         expected = own(attachment.model, parted)
-        assert torch.equal(text(attachment.model, parted, past_key_values=session), expected)
+        assert torch.equal(text(attachment.model, parted, **over(session)), expected)
         assert session.cached_tokens == [held]
 
 
@@ -129,7 +130,7 @@ def test_a_session_continues_turn_by_turn(attachment: Attachment) -> None:
     ids = prompt(21)
     for turn in range(4):
         expected = own(attachment.model, ids, max_new_tokens=20)
-        assert torch.equal(text(attachment.model, ids, past_key_values=session, max_new_tokens=20), expected)
+        assert torch.equal(text(attachment.model, ids, **over(session), max_new_tokens=20), expected)
         if turn:
             assert session.cached_tokens[0] >= ids.shape[1] - 5 - turn - BLOCK
         ids = torch.cat([expected, prompt(5 + turn, seed=turn)], dim=1)
@@ -137,10 +138,10 @@ def test_a_session_continues_turn_by_turn(attachment: Attachment) -> None:
 
 def test_new_tokens_alone_continue_a_session(attachment: Attachment) -> None:
     session = attachment.cache.session("talk")
-    first = text(attachment.model, prompt(20), past_key_values=session)
+    first = text(attachment.model, prompt(20), **over(session))
     whole = torch.cat([first, prompt(6, seed=3)], dim=1)
     fed = whole[:, session.get_seq_length() :]
-    found = text(attachment.model, fed, torch.ones_like(whole), past_key_values=session)
+    found = text(attachment.model, fed, torch.ones_like(whole), **over(session))
     assert torch.equal(found[:, fed.shape[1] :], own(attachment.model, whole)[:, whole.shape[1] :])
 
 
@@ -194,7 +195,7 @@ def test_forward_loops_over_a_session_give_the_models_own_logits(attachment: Att
         found, done = [], 0
         for width in (17, 1, 1, 9, 2, 30):
             fed = ids[:, done : done + width]
-            found.append(model(input_ids=fed, past_key_values=session, use_cache=True).logits)
+            found.append(model(input_ids=fed, **over(session), use_cache=True).logits)
             done += width
     assert torch.allclose(torch.cat(found, dim=1), expected, atol=1e-3, rtol=1e-3)
     session.close()
@@ -204,11 +205,11 @@ def test_cropping_goes_back_to_what_the_text_was(attachment: Attachment) -> None
     model, session = attachment.model, attachment.cache.session("crop")
     ids, other = prompt(60), prompt(5, seed=4)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=session, use_cache=True)
+        model(input_ids=ids, **over(session), use_cache=True)
         for keep in (40, 33, 32, 5):
             session.crop(keep - session.get_seq_length())
             assert session.get_seq_length() == keep
-            found = model(input_ids=other, past_key_values=session, use_cache=True).logits
+            found = model(input_ids=other, **over(session), use_cache=True).logits
             whole = torch.cat([ids[:, :keep], other], dim=1)
             expected = model(input_ids=whole).logits[:, keep:]
             assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
@@ -220,8 +221,8 @@ def test_layers_of_an_open_session_can_be_looked_at(attachment: Attachment) -> N
     model, session = attachment.model, attachment.cache.session("look")
     past, ids = DynamicCache(config=model.config), prompt(37)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=session, use_cache=True)
-        model(input_ids=ids, past_key_values=past, use_cache=True)
+        model(input_ids=ids, **over(session), use_cache=True)
+        model(input_ids=ids, **over(past), use_cache=True)
     for index, layer in enumerate(past.layers):
         if not hasattr(layer, "conv_states"):
             assert torch.allclose(session.layers[index].keys, layer.keys, atol=1e-4)
@@ -242,11 +243,11 @@ def test_forks_go_their_own_ways(attachment: Attachment) -> None:
     model, session = attachment.model, attachment.cache.session("trunk")
     ids = prompt(37)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=session, use_cache=True)
+        model(input_ids=ids, **over(session), use_cache=True)
         branches = [session, *session.fork(2)]
         for seed, branch in enumerate(branches):
             new = prompt(4, seed=seed)
-            found = model(input_ids=new, past_key_values=branch, use_cache=True).logits
+            found = model(input_ids=new, **over(branch), use_cache=True).logits
             expected = model(input_ids=torch.cat([ids, new], dim=1)).logits[:, 37:]
             assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
     for branch in branches:
@@ -255,14 +256,14 @@ def test_forks_go_their_own_ways(attachment: Attachment) -> None:
 
 def test_an_exported_session_is_computed_again_where_it_is_imported(attachment: Attachment) -> None:
     model, session = attachment.model, attachment.cache.session("from")
-    ids = text(model, prompt(40), past_key_values=session)
+    ids = text(model, prompt(40), **over(session))
     data = session.export()
     attachment.cache.clear()
     other = attachment.cache.session("to")
     other.import_(data)
     whole = torch.cat([ids, prompt(3, seed=2)], dim=1)
     fed = whole[:, other.get_seq_length() :]
-    found = text(model, fed, torch.ones_like(whole), past_key_values=other)
+    found = text(model, fed, torch.ones_like(whole), **over(other))
     assert torch.equal(found[:, fed.shape[1] :], own(model, whole)[:, whole.shape[1] :])
 
 
@@ -273,7 +274,7 @@ def test_a_pass_that_fails_leaves_the_session_as_it_was(
     model, session = attachment.model, attachment.cache.session("failing")
     ids, new = prompt(40), prompt(20, seed=5)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=session, use_cache=True)
+        model(input_ids=ids, **over(session), use_cache=True)
         last = model.get_output_embeddings()
         plain = last.forward
 
@@ -283,10 +284,10 @@ def test_a_pass_that_fails_leaves_the_session_as_it_was(
         for width in (1, 20):
             monkeypatch.setattr(last, "forward", fail)
             with pytest.raises(RuntimeError, match="luck"):
-                model(input_ids=new[:, :width], past_key_values=session, use_cache=True)
+                model(input_ids=new[:, :width], **over(session), use_cache=True)
             monkeypatch.setattr(last, "forward", plain)
             assert session.get_seq_length() == 40
-        found = model(input_ids=new, past_key_values=session, use_cache=True).logits
+        found = model(input_ids=new, **over(session), use_cache=True).logits
         expected = model(input_ids=torch.cat([ids, new], dim=1)).logits[:, 40:]
     assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
     session.close()
@@ -302,20 +303,20 @@ def test_a_pass_that_leaves_a_layer_out_is_refused(
     skipped = inside.layers[kept[0]]
 
     def skip(hidden: torch.Tensor, *args: object, **kwargs: object) -> object:
-        return forward(skipped, hidden, *args, **{**kwargs, "past_key_values": None})
+        return forward(skipped, hidden, *args, **{**kwargs, **over(None)})
 
     monkeypatch.setattr(skipped, "forward", skip)
     with torch.no_grad(), pytest.raises(UnsupportedError, match=rf"left out .*\[{kept[0]}"):
-        model(input_ids=prompt(20), past_key_values=session, use_cache=True)
+        model(input_ids=prompt(20), **over(session), use_cache=True)
     assert stat(attachment, "states") == 0
 
 
 def test_evicted_pages_and_states_are_computed_again(attachment: Attachment) -> None:
     model, session = attachment.model, attachment.cache.session("loop")
-    ids = text(model, prompt(41), past_key_values=session)
+    ids = text(model, prompt(41), **over(session))
     assert attachment.cache.clear() > 0
     with torch.no_grad():
-        found = model(input_ids=ids[:, -1:], past_key_values=session, use_cache=True).logits
+        found = model(input_ids=ids[:, -1:], **over(session), use_cache=True).logits
         expected = model(input_ids=ids).logits[:, -1:]
     assert torch.allclose(found, expected, atol=1e-3, rtol=1e-3)
     session.close()
@@ -334,7 +335,7 @@ def test_states_of_one_tenant_never_serve_another(model: PreTrainedModel) -> Non
         ids = prompt(50)
         for tenant, held in (("a", 0), ("b", 0), ("a", 48), ("b", 48)):
             session = cache.session("talk", tenant=tenant)
-            assert torch.equal(text(model, ids, past_key_values=session), own(model, ids))
+            assert torch.equal(text(model, ids, **over(session)), own(model, ids))
             assert session.cached_tokens == [held]
 
 
@@ -358,9 +359,7 @@ def test_a_reproducible_cache_goes_on_from_its_grid_alone(monkeypatch: pytest.Mo
         seen = []
         for session in ("cold", "warm"):
             past = attachment.cache.session(session)
-            output = text(
-                model, prompt(90), past_key_values=past, output_logits=True, return_dict_in_generate=True
-            )
+            output = text(model, prompt(90), **over(past), output_logits=True, return_dict_in_generate=True)
             seen.append(torch.stack(output.logits))
             assert past.cached_tokens == [0 if session == "cold" else 64]
         assert torch.equal(*seen)

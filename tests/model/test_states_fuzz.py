@@ -22,6 +22,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model import session_states
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +125,7 @@ class Walk:
     def logits(self, ids: torch.Tensor, session: Any, text: torch.Tensor) -> None:
         """Feed ``ids`` behind the session's ``text`` and compare the logits."""
         with torch.no_grad():
-            found = self.model(input_ids=ids, past_key_values=session, use_cache=True).logits
+            found = self.model(input_ids=ids, **over(session), use_cache=True).logits
             whole = torch.cat([text, ids], dim=1)
             expected = type(self.model).forward(self.model, input_ids=whole, use_cache=False).logits
         expected = expected[:, text.shape[1] :]
@@ -132,7 +133,7 @@ class Walk:
 
     def generate(self, text: tuple[int, ...], tenant: int) -> None:
         ids = ids_of(text)
-        found = self.write(ids, torch.ones_like(ids), past_key_values=self.session(tenant))
+        found = self.write(ids, torch.ones_like(ids), **over(self.session(tenant)))
         self.texts[tenant] = found[:, :-1]
 
     def batch(self, pair: tuple[tuple[int, ...], ...], _: int) -> None:
@@ -174,7 +175,7 @@ class Walk:
             with torch.no_grad(), pytest.raises(InterruptedError):
                 if tenant not in self.texts:
                     self.generate(text, tenant)
-                self.model(input_ids=ids_of(text), past_key_values=self.session(tenant), use_cache=True)
+                self.model(input_ids=ids_of(text), **over(self.session(tenant)), use_cache=True)
         finally:
             self.model.failing = False  # type: ignore[assignment]
         self.go_on(text, tenant)

@@ -23,6 +23,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import CapacityError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +53,7 @@ def attached(request: pytest.FixtureRequest) -> Iterator[Attachment]:
 
 def filled(model: PreTrainedModel, past: Cache, ids: torch.Tensor) -> Cache:
     with torch.no_grad():
-        model(ids, past_key_values=past, use_cache=True)
+        model(ids, **over(past), use_cache=True)
     return past
 
 
@@ -72,7 +73,7 @@ def equal(session: Cache, past: DynamicCache) -> bool:
 
 def continued(model: PreTrainedModel, past: Cache, ids: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=past, use_cache=True).logits
+        return model(ids, **over(past), use_cache=True).logits
 
 
 def test_every_layer_keeps_what_it_was_given_and_appends(attached: Attachment, own: PreTrainedModel) -> None:
@@ -165,7 +166,7 @@ def test_the_recipe_of_a_prompt_copied_for_every_question(attached: Attachment, 
     assert attached.cache.pool.num_free == pages  # nothing is copied before something differs
     for seed, past in enumerate(copies, start=1):
         question = torch.cat([PROMPT, prompt(5 + seed, seed=seed)], dim=1)
-        found = attached.model.generate(question, past_key_values=past, **GREEDY)
+        found = attached.model.generate(question, **over(past), **GREEDY)
         assert torch.equal(found, own.generate(question, **GREEDY))
         assert past.cached_tokens[0] >= 32  # its full blocks; a block begun belongs to who began it
     assert prefilled.get_seq_length() == 37
@@ -185,7 +186,7 @@ def test_a_batch_with_left_padding_under_both_attentions() -> None:
             for _ in range(2):
                 output = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
                 assert torch.equal(output.sequences, expected)
-                assert isinstance(output.past_key_values, Cache)
+                assert isinstance(output[CACHE], Cache)
             assert attachment.cache.get_stats()["cached_tokens"] > 0
 
 
@@ -206,7 +207,7 @@ def test_beams_reorder_rows_and_all_are_returned(attached: Attachment, own: PreT
     assert torch.equal(found.sequences, expected.sequences)
     assert torch.equal(found.beam_indices, expected.beam_indices)
     assert any(len(set(row.tolist())) > 1 for row in expected.beam_indices)
-    found.past_key_values.close()
+    found[CACHE].close()
 
 
 def test_a_long_sampled_text_has_its_scores(attached: Attachment, own: PreTrainedModel) -> None:
@@ -231,16 +232,14 @@ def test_a_text_generated_in_two_calls_is_the_text_of_one(
 ) -> None:
     options = {"return_dict_in_generate": True, "output_scores": True, "do_sample": False}
     expected = own.generate(PROMPT, max_new_tokens=8, **options)
-    session = {"past_key_values": attached.cache.session("two")} if through_session else {}
+    session = over(attached.cache.session("two")) if through_session else {}
     first = attached.model.generate(PROMPT, max_new_tokens=5, **session, **options)
-    second = attached.model.generate(
-        first.sequences, past_key_values=first.past_key_values, max_new_tokens=3, **options
-    )
+    second = attached.model.generate(first.sequences, **over(first[CACHE]), max_new_tokens=3, **options)
     assert torch.equal(second.sequences, expected.sequences)
     scores = torch.stack([*first.scores, *second.scores])
     assert torch.allclose(scores, torch.stack(expected.scores), atol=1e-4)
-    assert equal(second.past_key_values, expected.past_key_values)
-    second.past_key_values.close()
+    assert equal(second[CACHE], expected[CACHE])
+    second[CACHE].close()
 
 
 def test_positions_given_or_left_out_are_the_same(attached: Attachment, own: PreTrainedModel) -> None:
@@ -252,14 +251,14 @@ def test_positions_given_or_left_out_are_the_same(attached: Attachment, own: Pre
         expected = own(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
         for given in ({"position_ids": positions}, {}):
             session = attached.cache.session(f"given {len(given)}")
-            found = attached.model(ids, attention_mask=mask, past_key_values=session, **given).logits
+            found = attached.model(ids, attention_mask=mask, **over(session), **given).logits
             assert torch.allclose(found[mask.bool()], expected, atol=1e-4)
 
 
 def test_a_cache_and_the_name_of_another_are_one_too_many(attached: Attachment) -> None:
     session = attached.cache.session("both")
     with pytest.raises(UnsupportedError, match="cache_implementation"):
-        attached.model.generate(PROMPT, past_key_values=session, cache_implementation="static", **GREEDY)
+        attached.model.generate(PROMPT, **over(session), cache_implementation="static", **GREEDY)
 
 
 def test_one_token_beyond_the_room_is_an_error_and_what_was_held_stays(own: PreTrainedModel) -> None:

@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from kvhybrid.model import versions
-from kvhybrid.model.versions import columns_fed, columns_kept
+from kvhybrid.model.versions import CACHE, CACHE_NAMES, columns_fed, columns_kept, over, with_cache_named
+
+
+def test_a_cache_has_this_versions_name_whichever_it_came_under():
+    (other,) = set(CACHE_NAMES) - {CACHE}
+    rest = {"input_ids": 1}
+    assert with_cache_named(rest) is rest
+    assert with_cache_named(rest | over(2)) == rest | {CACHE: 2}
+    assert with_cache_named(rest | {other: 2}) == rest | {CACHE: 2}
+    assert with_cache_named(rest | {other: 2, CACHE: 3}) == rest | {CACHE: 3}
 
 
 def test_columns_fed_are_a_number_or_as_many_as_positions():

@@ -19,6 +19,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -54,7 +55,7 @@ def test_a_greedy_loop_of_ones_own_writes_the_models_text(attached: Attachment, 
     fed = text
     with torch.no_grad():
         for _ in range(7):
-            logits = attached.model(input_ids=fed, past_key_values=session, logits_to_keep=1).logits
+            logits = attached.model(input_ids=fed, **over(session), logits_to_keep=1).logits
             assert logits.shape[1] == 1
             fed = logits[:, -1:].argmax(-1)
             text = torch.cat([text, fed], dim=1)
@@ -67,7 +68,7 @@ def test_teacher_forcing_in_pieces_scores_every_token_alike(
     session = attached.cache.session("pieces")
     with torch.no_grad():
         expected = own(PROMPT).logits
-        found = [attached.model(part, past_key_values=session).logits for part in PROMPT.split(9, dim=1)]
+        found = [attached.model(part, **over(session)).logits for part in PROMPT.split(9, dim=1)]
     assert close(torch.cat(found, dim=1), expected)
 
 
@@ -77,10 +78,10 @@ def test_loss_gradients_and_hidden_states_are_the_models_own(
     options: dict[str, Any] = {"labels": PROMPT, "output_hidden_states": True}
     expected = own(PROMPT, **options)
     session = attached.cache.session("loss")
-    found = attached.model(PROMPT, past_key_values=session, use_cache=True, **options)
+    found = attached.model(PROMPT, **over(session), use_cache=True, **options)
     assert torch.equal(found.loss, expected.loss)
     assert all(map(close, found.hidden_states, expected.hidden_states))
-    assert found.past_key_values is session
+    assert found[CACHE] is session
     assert not session.layers[0].keys.requires_grad
 
 
@@ -101,7 +102,7 @@ def test_columns_and_positions_that_are_the_texts_own_are_taken(
             columns = torch.arange(start, stop)
             found = attached.model(
                 PROMPT[:, start:stop],
-                past_key_values=session,
+                **over(session),
                 position_ids=columns[None],
                 cache_position=columns,
                 attention_mask=torch.ones((1, stop)),
@@ -131,15 +132,15 @@ def test_what_a_session_cannot_hold_is_refused_and_leaves_it_as_it_was(
     session = attached.cache.session("refused")
     with torch.no_grad():
         with pytest.raises((InvalidRequestError, UnsupportedError), match=reason):
-            attached.model(PROMPT, past_key_values=session, **options)
+            attached.model(PROMPT, **over(session), **options)
         assert session.get_seq_length() == 0
-        assert close(attached.model(PROMPT, past_key_values=session).logits, own(PROMPT).logits)
+        assert close(attached.model(PROMPT, **over(session)).logits, own(PROMPT).logits)
 
 
 def test_embeddings_hide_the_tokens_and_are_refused(attached: Attachment, own: PreTrainedModel) -> None:
     session = attached.cache.session("embeddings")
     with pytest.raises(UnsupportedError, match="embeddings"), torch.no_grad():
-        attached.model(inputs_embeds=own.get_input_embeddings()(PROMPT), past_key_values=session)
+        attached.model(inputs_embeds=own.get_input_embeddings()(PROMPT), **over(session))
 
 
 PLAIN: dict[str, dict[str, Any]] = {
@@ -148,7 +149,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "pairs": {"attention_mask": torch.ones((1, 1, 37, 37)).tril().bool().roll(1, 2)},
     "far positions": {"position_ids": torch.arange(37)[None] * 3},
     "labels": {"labels": PROMPT},
-    "its own cache": {"past_key_values": None, "use_cache": True},
+    "its own cache": {**over(None), "use_cache": True},
     "no cache": {"use_cache": False},
 }
 
@@ -162,7 +163,7 @@ def test_a_pass_without_a_session_is_the_models_own(
         found, expected = attached.model(PROMPT, **PLAIN[name]), own(PROMPT, **PLAIN[name])
     assert torch.equal(found.logits, expected.logits)
     assert found.get("loss") is None or torch.equal(found.loss, expected.loss)
-    assert type(found.get("past_key_values")) is type(expected.get("past_key_values"))
+    assert type(found.get(CACHE)) is type(expected.get(CACHE))
 
 
 def test_a_cache_of_transformers_goes_through_an_attached_model(
@@ -170,8 +171,8 @@ def test_a_cache_of_transformers_goes_through_an_attached_model(
 ) -> None:
     past = DynamicCache(config=own.config)
     with torch.no_grad():
-        attached.model(PROMPT[:, :20], past_key_values=past)
-        found = attached.model(PROMPT[:, 20:], past_key_values=past).logits
+        attached.model(PROMPT[:, :20], **over(past))
+        found = attached.model(PROMPT[:, 20:], **over(past)).logits
         assert close(found, own(PROMPT).logits[:, 20:])
 
 
@@ -205,9 +206,7 @@ def test_two_threads_step_their_own_sessions(attached: Attachment, own: PreTrain
         try:
             session = attached.cache.session(f"thread {row}")
             with torch.no_grad():
-                parts = [
-                    attached.model(p, past_key_values=session).logits for p in texts[row].split(3, dim=1)
-                ]
+                parts = [attached.model(p, **over(session)).logits for p in texts[row].split(3, dim=1)]
             found[row] = torch.cat(parts, dim=1)
         except BaseException as error:  # noqa: BLE001  # shown below, in the thread that can fail the test
             failed.append(error)
@@ -226,8 +225,8 @@ def test_a_session_of_one_model_is_refused_by_another(attached: Attachment) -> N
     session = attached.cache.session("mine")
     with kvhybrid.attach(other, config=KVCacheConfig(**CONFIG)), torch.no_grad():
         for call in (
-            lambda: other(PROMPT, past_key_values=session),
-            lambda: other.generate(PROMPT, past_key_values=session, **GREEDY),
+            lambda: other(PROMPT, **over(session)),
+            lambda: other.generate(PROMPT, **over(session), **GREEDY),
         ):
             with pytest.raises(UnsupportedError, match="attached to another model"):
                 call()

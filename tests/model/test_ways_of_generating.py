@@ -26,6 +26,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import CapacityError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,10 +57,10 @@ class AtLength(StoppingCriteria):
 
 def greedy_loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """A ``custom_generate`` that uses the cache it is given as the documentation says to."""
-    past = kwargs["past_key_values"]
+    past = kwargs[CACHE]
     fed = input_ids[:, past.get_seq_length() :]
     for _ in range(6):
-        logits = model(input_ids=fed, past_key_values=past, use_cache=True).logits
+        logits = model(input_ids=fed, **over(past), use_cache=True).logits
         fed = logits[:, -1].argmax(-1, keepdim=True)
         input_ids = torch.cat([input_ids, fed], dim=1)
     return input_ids
@@ -67,13 +68,13 @@ def greedy_loop(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Ten
 
 def contrastive_search(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Look one token ahead for each of the likeliest; take the one that repeats the text's states least."""
-    past, width, penalty = kwargs["past_key_values"], 4, 0.6
+    past, width, penalty = kwargs[CACHE], 4, 0.6
     states = model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
-    logits = model(input_ids=input_ids[:, past.get_seq_length() :], past_key_values=past).logits[:, -1]
+    logits = model(input_ids=input_ids[:, past.get_seq_length() :], **over(past)).logits[:, -1]
     for _ in range(5):
         chances, tokens = logits.softmax(-1).topk(width)
         past.batch_repeat_interleave(width)
-        ahead = model(input_ids=tokens.view(-1, 1), past_key_values=past, output_hidden_states=True)
+        ahead = model(input_ids=tokens.view(-1, 1), **over(past), output_hidden_states=True)
         new = ahead.hidden_states[-1]
         alike = torch.cosine_similarity(states, new, dim=-1).max(dim=1).values
         best = int(((1 - penalty) * chances[0] - penalty * alike).argmax())
@@ -86,13 +87,13 @@ def contrastive_search(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> to
 
 def diverse_beams(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     """Two groups of beams; the second is held off the first one's tokens, and rows change places."""
-    past = kwargs["past_key_values"]
-    logits = model(input_ids=input_ids[:, past.get_seq_length() :], past_key_values=past).logits[:, -1]
+    past = kwargs[CACHE]
+    logits = model(input_ids=input_ids[:, past.get_seq_length() :], **over(past)).logits[:, -1]
     past.batch_repeat_interleave(4)
     chances = logits.log_softmax(-1)[0].topk(4)
     scores, texts = chances.values, torch.cat([input_ids.repeat(4, 1), chances.indices[:, None]], dim=1)
     for _ in range(5):
-        logits = model(input_ids=texts[:, -1:], past_key_values=past).logits[:, -1].log_softmax(-1)
+        logits = model(input_ids=texts[:, -1:], **over(past)).logits[:, -1].log_softmax(-1)
         parents, tokens, totals = [], [], []
         for group in ((0, 1), (2, 3)):
             options = scores[list(group), None] + logits[list(group)]
@@ -220,7 +221,7 @@ def test_it_gives_the_same_through_the_cache(attached: Attachment, own: PreTrain
     assert cached(attached) > before
     session = attached.cache.session("talk")
     for _ in range(2):
-        assert same(run(way, model, past_key_values=session), expected)
+        assert same(run(way, model, **over(session)), expected)
     attached.cache.drop_session("talk")
 
 
@@ -236,7 +237,7 @@ def test_a_draft_model_may_be_attached_too(
     if draft == "attached":
         kvhybrid.attach(small, config=KVCacheConfig(**CONFIG))
     assistant = attached.model if draft == "the model itself" else small
-    for options_of_session in ({}, {}, {"past_key_values": attached.cache.session("talk")}):
+    for options_of_session in ({}, {}, over(attached.cache.session("talk"))):
         torch.manual_seed(3)
         found = attached.model.generate(PROMPT, assistant_model=assistant, **options_of_session, **options)
         assert torch.equal(found, expected)
@@ -280,7 +281,7 @@ def test_hidden_states_of_the_whole_prompt_are_given_whatever_is_cached(
     assert found[0][1].shape == expected[0][1].shape == (1, 37, 48)
     assert torch.allclose(found[0][1], expected[0][1], atol=1e-5)
     session = attached.cache.session("talk")
-    within = attached.model.generate(PROMPT, past_key_values=session, **options).hidden_states
+    within = attached.model.generate(PROMPT, **over(session), **options).hidden_states
     assert within[0][1].shape == (1, 1, 48)  # as with any cache that holds the rest
     assert torch.allclose(within[0][1][:, -1], expected[0][1][:, -1], atol=1e-4)
     attached.cache.drop_session("talk")
@@ -316,10 +317,10 @@ def test_what_cannot_be_cached_runs_without_and_is_said_once(
     assert cached(attached) == before
     session = attached.cache.session("talk")
     with pytest.raises((UnsupportedError, kvhybrid.errors.InvalidRequestError)):
-        attached.model.generate(PROMPT, past_key_values=session, **options)
+        attached.model.generate(PROMPT, **over(session), **options)
     assert session.get_seq_length() == 0
     assert torch.equal(
-        attached.model.generate(PROMPT, past_key_values=session, **GREEDY), own.generate(PROMPT, **GREEDY)
+        attached.model.generate(PROMPT, **over(session), **GREEDY), own.generate(PROMPT, **GREEDY)
     )
     attached.cache.drop_session("talk")
 
@@ -338,7 +339,7 @@ def test_embeddings_run_without_the_cache_and_that_is_said_once(
     assert cached(attached) == 0
     session = attached.cache.session("talk")
     with pytest.raises(UnsupportedError, match="embed"):
-        attached.model.generate(inputs_embeds=embeddings, past_key_values=session, **ids, **GREEDY)
+        attached.model.generate(inputs_embeds=embeddings, **over(session), **ids, **GREEDY)
     attached.cache.drop_session("talk")
 
 
@@ -362,10 +363,10 @@ def test_a_generate_without_a_prompt_begins_at_the_beginning(
 def test_what_generate_returns_as_its_cache_goes_on(attached: Attachment, own: PreTrainedModel) -> None:
     output = attached.model.generate(PROMPT, return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([output.sequences, prompt(4, seed=2)], dim=1)
-    found = attached.model.generate(longer, past_key_values=output.past_key_values, **GREEDY)
+    found = attached.model.generate(longer, **over(output[CACHE]), **GREEDY)
     assert torch.equal(found, own.generate(longer, **GREEDY))
-    assert output.past_key_values.cached_tokens == [output.sequences.shape[1] - 1]
-    output.past_key_values.close()
+    assert output[CACHE].cached_tokens == [output.sequences.shape[1] - 1]
+    output[CACHE].close()
 
 
 def test_two_threads_write_their_own_texts_on_one_model(attached: Attachment, own: PreTrainedModel) -> None:

@@ -21,6 +21,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import ConfigError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +138,7 @@ def test_attached_detached_and_attached_again(attached: Attachment, expected: to
     attached.detach()
     assert torch.equal(text_of(model), expected)
     with pytest.raises(UnsupportedError, match="not attached"):
-        model.generate(PROMPT, past_key_values=session, **GREEDY)
+        model.generate(PROMPT, **over(session), **GREEDY)
     with Attachment(model, cache, attached.route, "test").install() as again:
         before = cached(again)
         assert torch.equal(text_of(model), expected)
@@ -159,13 +160,13 @@ def test_a_model_in_another_dtype_finds_nothing_of_the_old_one(
     session = attached.cache.session("other")
     if fits:
         assert cached(attached) - before == 36  # from itself, the second time
-        assert torch.equal(attached.model.generate(PROMPT, past_key_values=session, **GREEDY), text_of(own))
+        assert torch.equal(attached.model.generate(PROMPT, **over(session), **GREEDY), text_of(own))
     else:
         assert cached(attached) == before
         with pytest.raises(UnsupportedError, match=f"{dtype}"):
-            attached.model.generate(PROMPT, past_key_values=session, **GREEDY)
+            attached.model.generate(PROMPT, **over(session), **GREEDY)
         with pytest.raises(UnsupportedError, match=f"{dtype}"):
-            attached.model(PROMPT, past_key_values=session)
+            attached.model(PROMPT, **over(session))
     attached.model.to(torch.float32)
     own.to(torch.float32)
     assert torch.equal(text_of(attached.model), text_of(own))
@@ -192,8 +193,8 @@ def test_autocast_finds_nothing_that_was_computed_without_it(
     session = attached.cache.session("both")
     for _ in range(2):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert torch.equal(model.generate(PROMPT, past_key_values=session, **GREEDY), rounded)
-        assert torch.equal(model.generate(PROMPT, past_key_values=session, **GREEDY), expected)
+            assert torch.equal(model.generate(PROMPT, **over(session), **GREEDY), rounded)
+        assert torch.equal(model.generate(PROMPT, **over(session), **GREEDY), expected)
 
 
 def test_modes_of_training_change_no_text(attached: Attachment, expected: torch.Tensor) -> None:
@@ -236,7 +237,7 @@ def test_what_is_compiled_after_attach_writes_the_same(
     assert cached(attached) == 36
     session = attached.cache.session("compiled")
     with torch.no_grad():
-        found = model(PROMPT, past_key_values=session).logits
+        found = model(PROMPT, **over(session)).logits
         assert torch.allclose(found, make_model("llama")(PROMPT).logits, atol=1e-4)
     torch._dynamo.reset()
 

@@ -33,6 +33,7 @@ from transformers import (
 import kvhybrid
 from kvhybrid import KVCacheConfig
 from kvhybrid.errors import LayoutError, UnsupportedError
+from kvhybrid.model.versions import over
 
 CONFIG = {"max_tokens": 512, "block_size": 16}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
@@ -159,4 +160,4 @@ def test_a_model_of_images_and_text_reuses_text_alone() -> None:
         assert attachment.cache.get_stats()["cached_tokens"] == 29
         session = attachment.cache.session("seen")
         with pytest.raises(UnsupportedError, match="pixel_values"):
-            model.generate(shown, pixel_values=first, past_key_values=session, **GREEDY)
+            model.generate(shown, pixel_values=first, **over(session), **GREEDY)

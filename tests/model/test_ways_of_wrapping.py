@@ -15,6 +15,7 @@ from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,14 +27,15 @@ CONFIG = {"max_tokens": 2048, "block_size": 16}
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 SYSTEM = " ".join(f"w{3 + index % 60}" for index in range(30))
 TEMPLATE = "{% for m in messages %}{{ 'w1 ' + m['content'] + ' w2 ' }}{% endfor %}"
-RECIPE = """
+RECIPE = f"""
 import torch
 
-def generate(model, inputs=None, past_key_values=None, max_new_tokens=6, **kwargs):
-    fed = inputs[:, past_key_values.get_seq_length():] if past_key_values is not None else inputs
+def generate(model, inputs=None, {CACHE}=None, max_new_tokens=6, **kwargs):
+    cache = {CACHE}
+    fed = inputs[:, cache.get_seq_length():] if cache is not None else inputs
     for _ in range(max_new_tokens):
-        output = model(input_ids=fed, past_key_values=past_key_values, use_cache=True)
-        past_key_values, fed = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        output = model(input_ids=fed, {CACHE}=cache, use_cache=True)
+        cache, fed = output.{CACHE}, output.logits[:, -1].argmax(-1, keepdim=True)
         inputs = torch.cat([inputs, fed], dim=1)
     return inputs
 """

@@ -13,6 +13,7 @@ from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def ours(attachment: Attachment) -> torch.Tensor:
 def own(attachment: Attachment) -> torch.Tensor:
     past = DynamicCache(config=attachment.model.config)
     return attachment.model.generate(
-        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=9, do_sample=False, past_key_values=past
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=9, do_sample=False, **over(past)
     )
 
 
@@ -105,13 +106,13 @@ def test_a_session_computes_its_text_again_with_the_new_weights(
     session = attachment.cache.session("alice")
     model = attachment.model
     with torch.no_grad():
-        model(IDS, past_key_values=session)
+        model(IDS, **over(session))
     change(model)
     with torch.no_grad():
-        found = model(IDS[:, :5], past_key_values=session).logits
+        found = model(IDS[:, :5], **over(session)).logits
         past = DynamicCache(config=model.config)
-        model(IDS, past_key_values=past)
-        expected = model(IDS[:, :5], past_key_values=past).logits
+        model(IDS, **over(past))
+        expected = model(IDS[:, :5], **over(past)).logits
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
     session.close()
 

@@ -134,8 +134,9 @@ def _run(model: PreTrainedModel, name: str) -> Any:
         raise UnsupportedError(
             f"{name} cannot be run on token ids alone: {type(error).__name__}: {error}"
         ) from error
-    kept = getattr(output, "past_key_values", None)
-    return kept if kept is not None else getattr(output, "cache_params", None)
+    # Its names through the versions of transformers, the newest first: older ones are deprecated there.
+    names = ("cache", "past_key_values", "cache_params")
+    return next((kept for name in names if (kept := getattr(output, name, None)) is not None), None)
 
 
 def _refuse_states(kept: object, name: str, kinds: list[str]) -> None:

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache, StaticCache
 
 from kvhybrid.cli.bench_model import OURS, Bench, Comparison
 from kvhybrid.errors import KVHybridError
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,14 +41,14 @@ def first_token(bench: Bench, prefix: int) -> Comparison:
             tokens[OURS] += bench.answer(attachment.model, text, 1)
 
         def by_hand() -> None:
-            tokens[BY_HAND] += bench.answer(plain, text, 1, past_key_values=kept)
+            tokens[BY_HAND] += bench.answer(plain, text, 1, **over(kept))
             kept.crop(-NEW)
 
         calls = {OURS: ours, BY_HAND: by_hand}
         ours()
         try:
             with torch.inference_mode():
-                plain(shared, past_key_values=kept, use_cache=True)
+                plain(shared, **over(kept), use_cache=True)
             by_hand()
         except PEERS_FAIL as error:
             left_out[BY_HAND] = _reason(error)
@@ -75,7 +76,7 @@ def decode_step(bench: Bench, context: int) -> Comparison:
     def way(model: Any, cache: object) -> Callable[[], torch.Tensor]:
         @torch.inference_mode()
         def step(new: torch.Tensor = token) -> torch.Tensor:
-            logits: torch.Tensor = model(new, past_key_values=cache, use_cache=True).logits
+            logits: torch.Tensor = model(new, **over(cache), use_cache=True).logits
             return logits[0, -1]
 
         step(ids)

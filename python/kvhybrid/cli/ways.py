@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.engine.engine import KVEngine
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -81,7 +82,7 @@ def run_by_hand(
         fed, answer = transcript[held:], list[int]()
         while len(answer) < work.answer_tokens and not ends.intersection(answer):
             ids = torch.tensor([fed], device=model.device)
-            logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(ids, **over(cache), use_cache=True, logits_to_keep=1).logits
             fed = [int(logits[0, -1].argmax())]
             answer += fed
             if len(answer) == 1:

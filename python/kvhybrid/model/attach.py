@@ -47,6 +47,7 @@ from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.session_states import SessionStates
 from kvhybrid.model.stepping import Stepping
 from kvhybrid.model.transformers_cache import PagedSession
+from kvhybrid.model.versions import CACHE, over, with_cache_named
 from kvhybrid.model.weights import ModelState, Tenancy
 
 if TYPE_CHECKING:
@@ -176,16 +177,19 @@ class Attachment:
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate as the model does, with every cached prefix of the prompt reused.
 
-        Takes what ``model.generate`` takes. Without ``past_key_values`` the prompt is matched against
-        everything cached; with a session of this cache it continues that session, whose context is compressed
-        behind the answer if the configuration says so. Other caches and ``use_cache=False`` pass through
+        Takes what ``model.generate`` takes, a cache as ``past_key_values`` or ``cache`` in every version of
+        transformers. Without one the prompt is matched against everything cached; with a session of this
+        cache it continues that session, whose context is compressed behind the answer if the configuration
+        says so. Other caches and ``use_cache=False`` pass through
         untouched. So does whatever a session cannot take (embeddings, images, masks with holes, dropout),
         with one warning for each kind; with a session it is a clear error.
         """
-        past = kwargs.get("past_key_values")
+        named = with_cache_named(kwargs)
+        past = named.get(CACHE)
         is_ours = isinstance(past, PagedSession) and past.rows.cache is self.cache
         if past is not None and not is_ours:
             return self._generate(inputs, *args, **kwargs)
+        kwargs = named
         ids = inputs if inputs is not None else kwargs.get("input_ids")
         given = kwargs.get("generation_config", args[0] if args else None)
         settings = settings_of(kwargs, given, self.model.generation_config)
@@ -217,7 +221,7 @@ class Attachment:
                 # With a grid, forward cuts every prompt, the same for everybody.
                 if isinstance(chunk, int) and chunk > 0 and not self._grid:
                     self._prefill(session, ids, mask, chunk)
-                output = self._generate(inputs, *args, **{**kwargs, "past_key_values": session})
+                output = self._generate(inputs, *args, **{**kwargs, **over(session)})
                 if is_ours and self._compression.kept < 1.0:
                     compress_turn(session.rows, self._compression.kept, self._compression.scorer)
                 return output
@@ -239,9 +243,7 @@ class Attachment:
             stop = min(start + chunk, total - 1)
             seen = mask[:, :stop] if mask is not None else None
             fed = ids[:, start - first : stop - first]
-            self.forward(
-                input_ids=fed, attention_mask=seen, past_key_values=session, use_cache=True, **options
-            )
+            self.forward(input_ids=fed, attention_mask=seen, **over(session), use_cache=True, **options)
 
     def _obstacle_in_model(self) -> str | None:
         if self.weights.mixes_adapters:
@@ -276,10 +278,11 @@ class Attachment:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward pass; one over a session of this cache is a step of that session."""
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        session = kwargs.get("past_key_values")
+        named = with_cache_named(kwargs)
+        session = named.get(CACHE)
         if not isinstance(session, PagedSession):
             return self._forward(**kwargs)
-        return self._step(session, kwargs)
+        return self._step(session, named)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def _step(self, session: PagedSession, kwargs: dict[str, Any]) -> Any:

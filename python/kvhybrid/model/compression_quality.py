@@ -13,6 +13,7 @@ import torch
 from kvhybrid.cache.measured import input_device
 from kvhybrid.errors import InvalidRequestError
 from kvhybrid.model.perplexity import Quality, judge, window_nats
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ def measure_compression(
     for batch in rows.to(input_device(attachment.model)).split(batch_size):
         session = attachment.session("")
         try:
-            attachment.model(input_ids=batch[:, :prefix], past_key_values=session)
+            attachment.model(input_ids=batch[:, :prefix], **over(session))
             truth = _guesses(attachment, session, None, batch[:, prefix:-1])
             targets = batch[:, prefix + 1 :]
             nats[WHOLE].append(window_nats(truth, targets))
@@ -99,7 +100,7 @@ def _guesses(
     try:
         if setting is not None:
             fork.compress(setting.kept, scorer=setting.scorer)
-        logits = attachment.model(input_ids=ids, past_key_values=fork).logits
+        logits = attachment.model(input_ids=ids, **over(fork)).logits
     finally:
         fork.close()
     return torch.log_softmax(logits.float(), -1)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from transformers import GenerationConfig
 
+from kvhybrid.model.versions import CACHE_NAMES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -20,7 +22,7 @@ NEUTRAL: Final = frozenset(
         "input_ids",
         "attention_mask",
         "position_ids",
-        "past_key_values",
+        *CACHE_NAMES,
         "cache_position",
         "use_cache",
         "logits_to_keep",

@@ -20,6 +20,7 @@ from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.probe import difference, obstacle_to_paging, own_logits, reason, refuse, trial_cache
 from kvhybrid.model.probe_states import refuse_states
 from kvhybrid.model.runner import Packing, Runner
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def _own_logits(model: PreTrainedModel, texts: list[np.ndarray]) -> list[torch.T
         rows = []
         for row, count in enumerate(counts):
             ids = torch.from_numpy(texts[row][done[row] : done[row] + count]).to(input_device(model))
-            output = model(input_ids=ids[None], past_key_values=caches[row], use_cache=True)
+            output = model(input_ids=ids[None], **over(caches[row]), use_cache=True)
             rows.append(output.logits[0, -1].float())
             done[row] += count
         kept.append(torch.stack(rows))

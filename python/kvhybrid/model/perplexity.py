@@ -20,6 +20,7 @@ from kvhybrid.cache.compress.scorers import NEED_QUERIES, SCORERS
 from kvhybrid.cache.compress.selection import choose, gather, kept_tokens
 from kvhybrid.cache.measured import layer_kinds
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -141,9 +142,7 @@ def measure_quality(
         )
         for name, change in ("full precision", None), *changes.items():
             cache = _changed(kept.cache, change)
-            logits = model(
-                input_ids=batch[:, prefix:-1].to(kept.device), past_key_values=cache, **positions
-            ).logits
+            logits = model(input_ids=batch[:, prefix:-1].to(kept.device), **over(cache), **positions).logits
             guesses = torch.log_softmax(logits.float(), -1)
             nats[name].append(window_nats(guesses, targets))
             if truth is None:
@@ -203,7 +202,7 @@ class _Kept(NamedTuple):
 def _prefilled(model: PreTrainedModel, ids: torch.Tensor) -> _Kept:
     device = model.device
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids.to(device), past_key_values=cache)
+    model(input_ids=ids.to(device), **over(cache))
     if not any(True for _ in _pairs(cache)):
         raise UnsupportedError(f"{type(model).__name__} keeps no K and V in transformers' cache")
     return _Kept(cache, device)

@@ -28,6 +28,7 @@ from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.probe_calls import plain_logits, written_by
 from kvhybrid.model.probe_states import describe_states, logits_alone, refuse_states, resumed_logits
 from kvhybrid.model.routes import Route
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -294,7 +295,7 @@ def _logits(model: PreTrainedModel, cache: Cache | None, steps: tuple[int, ...] 
         output = forward(
             input_ids=ids[:, done:stop],
             attention_mask=mask[:, :stop],
-            past_key_values=cache,
+            **over(cache),
             use_cache=cache is not None,
             **({"position_ids": positions[:, done:stop]} if takes_positions else {}),
         )

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from kvhybrid.model.versions import over
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -40,7 +42,7 @@ def plain_logits(
     """Return the logits ``[1, tokens, vocab]`` of ``ids`` ``[1, tokens]`` fed in steps, and nothing else."""
     kept, done = [], 0
     for width in steps:
-        output = model(input_ids=ids[:, done : done + width], past_key_values=cache, use_cache=True)
+        output = model(input_ids=ids[:, done : done + width], **over(cache), use_cache=True)
         kept.append(output.logits.float())
         done += width
     return torch.cat(kept, dim=1)

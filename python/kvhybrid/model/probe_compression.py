@@ -26,6 +26,7 @@ from kvhybrid.model.session_compression import compress
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.stepping import Stepping
 from kvhybrid.model.transformers_cache import PagedSession
+from kvhybrid.model.versions import over
 from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def _logits(
         output = forward(
             input_ids=ids[:, start:stop],
             attention_mask=mask,
-            past_key_values=cache,
+            **over(cache),
             use_cache=True,
             **({"position_ids": positions} if "position_ids" in takes else {}),
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.layer_states import name_layers, state_layers
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     import torch
@@ -52,11 +53,11 @@ def resumed_logits(
     Returns the second's logits of what it computed itself, or None when it found no state.
     """
     first.rows.prepare(ids, None)
-    model(input_ids=ids, past_key_values=first, use_cache=True)
+    model(input_ids=ids, **over(first), use_cache=True)
     first.rows.release()
     second.rows.prepare(ids, None)
     if (held := second.rows.columns) == 0:
         return None
-    logits: torch.Tensor = model(input_ids=ids[:, held:], past_key_values=second, use_cache=True).logits
+    logits: torch.Tensor = model(input_ids=ids[:, held:], **over(second), use_cache=True).logits
     second.rows.release()
     return logits.float()

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from kvhybrid.model.attention import PagedAttention
 from kvhybrid.model.interface import reading_pages, switch_off, switch_on
 from kvhybrid.model.routes import MaterialisedReader, PagedReader
-from kvhybrid.model.versions import columns_fed
+from kvhybrid.model.versions import columns_fed, over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ class Runner:
         with reading_pages(reader.reads_pages):
             output = self.model(
                 input_ids=tokens[None],
-                past_key_values=StepCache(step, reader, columns, gaps[0] if columns else 0),
+                **over(StepCache(step, reader, columns, gaps[0] if columns else 0)),
                 use_cache=True,
                 **options,
             )
@@ -116,7 +116,7 @@ class Runner:
 
 
 class StepCache(Cache):
-    """One step's view of the pages as ``past_key_values``: written layer by layer, read through a route.
+    """One step's view of the pages as a cache of transformers: written layer by layer, read through a route.
 
     ``columns`` are stored before the input's, of a text that is longer by ``gap``.
     """

@@ -14,6 +14,7 @@ import torch
 from kvhybrid.cache.measured import input_device
 from kvhybrid.errors import InvalidRequestError
 from kvhybrid.model.padding import read_ids
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +60,7 @@ def score_continuations(
             held, last = session.get_seq_length(), prompt.shape[1] - 1
             # The last token waits: its logits are the first that a continuation is scored by.
             if held < last:
-                model(input_ids=prompt[:, held:last], past_key_values=session, **_few_logits(attachment))
+                model(input_ids=prompt[:, held:last], **over(session), **_few_logits(attachment))
             session.rows.crop(last)
             scores: list[Score] = []
             for start in range(0, len(texts), batch_size):
@@ -69,7 +70,7 @@ def score_continuations(
                     [torch.cat((prompt[0, last:], text[:-1])) for text in batch], batch_first=True
                 )
                 # Padding on the right is text like any other here: causal attention hides it from the rest.
-                logits = model(input_ids=fed, past_key_values=session).logits
+                logits = model(input_ids=fed, **over(session)).logits
                 scores += [_score(row, text) for row, text in zip(logits, batch, strict=True)]
                 session.rows.crop(last)
                 session.rows.select([0])

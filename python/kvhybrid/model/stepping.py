@@ -15,6 +15,7 @@ from kvhybrid.model.interface import reading_pages
 from kvhybrid.model.observed import observing
 from kvhybrid.model.padding import column_of, read_ids
 from kvhybrid.model.passes import WHOLE, join, narrow, parts, widen
+from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +50,7 @@ class Stepping:
             return
         again, seen = (t.to(call["input_ids"].device) for t in lost)
         try:
-            lost_call = {"input_ids": again, "attention_mask": seen, "past_key_values": session}
+            lost_call = {"input_ids": again, "attention_mask": seen, **over(session)}
             self.run(session, {**lost_call, "use_cache": True})
         except BaseException:
             rows.stay_released()

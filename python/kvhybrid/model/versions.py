@@ -6,10 +6,12 @@ so, and not from a number: releases between those that are tested behave as thei
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import TYPE_CHECKING, Any, Final
 
 import transformers
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
@@ -18,6 +20,11 @@ if TYPE_CHECKING:
     import torch
 
 OLDEST: Final = (4, 57)
+
+# What ``forward`` and ``generate`` call the cache that they are given: since 5.24 the first.
+CACHE_NAMES: Final = ("cache", "past_key_values")
+_PREPARED: Final = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE: Final = next(name for name in CACHE_NAMES if name in _PREPARED)
 
 # Since caches can record their past, ``crop`` counts what is to go; before, it named what is to stay.
 _CROP_COUNTS: Final = hasattr(Cache, "activate_past_recording")
@@ -34,6 +41,23 @@ def _check(version: str) -> None:
 
 
 _check(transformers.__version__)
+
+
+def over(cache: object) -> dict[str, Any]:
+    """Return the argument by which ``forward`` and ``generate`` of this version take a cache."""
+    return {CACHE: cache}
+
+
+def with_cache_named(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call with its cache under this version's name, whichever name it came under.
+
+    Of two the one of this version's name stays, as in transformers.
+    """
+    if not any(name in kwargs for name in CACHE_NAMES if name != CACHE):
+        return kwargs
+    named = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
+    given = [kwargs[name] for name in (CACHE, *CACHE_NAMES) if name in kwargs]
+    return named | over(given[0])
 
 
 def columns_fed(query: int | torch.Tensor) -> int:
