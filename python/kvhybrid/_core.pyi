@@ -52,9 +52,7 @@ class CapacityError(KVHybridError):
 class ClosedError(KVHybridError):
     """The handle was closed, or its plan was already committed or abandoned."""
 
-def holds(
-    owners: list[Any], names: tuple[str, ...], dicts: list[dict[Any, Any]], values: list[Any]
-) -> bool:
+def holds(owners: list[Any], names: tuple[str, ...], dicts: list[dict[Any, Any]], values: list[Any]) -> bool:
     """Return whether what ``owners`` call by these names are still ``dicts``, one behind the other, and
     whether these hold ``values``, in order and no others. All by identity; only attributes of the objects
     themselves count. Raises ``ValueError`` where there are not as many dictionaries as names."""

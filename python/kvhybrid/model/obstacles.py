@@ -160,7 +160,7 @@ def precision_of(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
 
 
 def _parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """Yield parameters in torch's order. Every step asks for one: torch's own walk spells names on its way."""
+    """Yield parameters in torch's order. Every step asks for one, and torch's own walk spells names."""
     yield from (own for own in module._parameters.values() if own is not None)
     for child in module._modules.values():
         if child is not None:

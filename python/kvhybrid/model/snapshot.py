@@ -66,7 +66,6 @@ class Snapshot:
         """Return True when modules, hooks and weights are the same objects in the same places."""
         return holds(self.modules, HELD, self._dicts, self._values)
 
-    @torch.no_grad()
     def is_same(self) -> bool:
         """Return True when nothing has changed: objects, places and kinds of weights, versions, samples."""
         if not self.has_same_modules() or self._facts_now() != self._facts:
@@ -74,6 +73,10 @@ class Snapshot:
         # Only behind this are the addresses known to be good.
         if any(read_at(known.addresses, known.width) != known.values for known in self._near):
             return False
+        return not self._far or self._views_are_same()
+
+    @torch.no_grad()
+    def _views_are_same(self) -> bool:
         return all(torch.equal(torch.cat(now), far) for now, far in zip(self._views, self._far, strict=True))
 
     def _facts_now(self) -> tuple[list[object], ...]:

@@ -102,7 +102,7 @@ class ModelState:
             return False
         modules = _modules(self._model)
         weights = _weights(modules)
-        # Before anything is looked at: what another thread changes meanwhile, the snapshot then does not hide.
+        # Before anything is looked at: it must not hide what another thread changes meanwhile.
         snapshot = Snapshot.of(modules, weights)
         self._survey(modules)
         has_changed = self._compare([weight for weight in weights if not weight.is_meta])
@@ -142,6 +142,8 @@ class ModelState:
     @property
     def adapters(self) -> str:
         """The adapters (peft) that are switched on, with their scales; empty without any."""
+        if not self._tuners:
+            return ""
         states = {
             (tuple(tuner.active_adapters), tuple(sorted(getattr(tuner, "scaling", {}).items())))
             for tuner in self._tuners

@@ -22,6 +22,8 @@ pub fn holds(
         let (found, owners, names) = (dicts.len(), owners.len(), names.len());
         return Err(PyValueError::new_err(format!("{found} dictionaries for {names} names of {owners} owners")));
     }
+    touch(owners);
+    touch(dicts);
     let names: Vec<_> = names.iter().collect();
     let mut known = dicts.iter();
     for owner in owners.iter() {
@@ -54,13 +56,17 @@ pub fn holds(
     Ok(known.next().is_none())
 }
 
+/// Have the beginnings of these objects fetched from memory all at once, and not one behind the other.
+fn touch(objects: &Bound<'_, PyList>) {
+    for object in objects.iter() {
+        // SAFETY: the object is alive, and no shorter than this.
+        std::hint::black_box(unsafe { object.as_ptr().cast::<usize>().read_volatile() });
+    }
+}
+
 /// `width` bytes from each of these addresses, one behind the other.
 #[pyfunction]
-pub fn read_at<'py>(
-    py: Python<'py>,
-    addresses: &Bound<'py, PyAny>,
-    width: usize,
-) -> PyResult<Bound<'py, PyBytes>> {
+pub fn read_at<'py>(py: Python<'py>, addresses: &Bound<'py, PyAny>, width: usize) -> PyResult<Bound<'py, PyBytes>> {
     with_int64("addresses", addresses, |addresses| {
         PyBytes::new_with(py, addresses.len() * width, |bytes| {
             for (bytes, address) in bytes.chunks_exact_mut(width.max(1)).zip(addresses) {
