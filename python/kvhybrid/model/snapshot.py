@@ -6,6 +6,8 @@ Says that nothing has changed, or that something may have. What it was, and whet
 
 from __future__ import annotations
 
+import itertools
+from array import array
 from operator import attrgetter
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
@@ -24,8 +26,7 @@ SAMPLES: Final = 8
 # Where a module keeps what a forward pass runs over.
 HELD: Final = ("_modules", "_parameters", "_buffers", "_forward_pre_hooks", "_forward_hooks")
 
-_kind = attrgetter("shape", "dtype")
-_version = attrgetter("_version")
+_dtype, _shape, _version = attrgetter("dtype"), attrgetter("shape"), attrgetter("_version")
 
 
 class _Samples(NamedTuple):
@@ -71,21 +72,24 @@ class Snapshot:
         if not self.has_same_modules() or self._facts_now() != self._facts:
             return False
         # Only behind this are the addresses known to be good.
-        if any(read_at(known.addresses, known.width) != known.values for known in self._near):
-            return False
+        for addresses, width, values in self._near:
+            if read_at(addresses, width) != values:
+                return False
         return not self._far or self._views_are_same()
 
     @torch.no_grad()
     def _views_are_same(self) -> bool:
         return all(torch.equal(torch.cat(now), far) for now, far in zip(self._views, self._far, strict=True))
 
-    def _facts_now(self) -> tuple[list[object], ...]:
-        places = [*map(torch.Tensor.data_ptr, self._weights)]
+    def _facts_now(self) -> tuple[object, ...]:
+        """Return where weights lie, their dtypes, shapes and versions; in few pieces, for they lie cold."""
+        places = array("Q", map(torch.Tensor.data_ptr, self._weights))
+        shapes = array("q", itertools.chain.from_iterable(map(_shape, self._weights)))
         try:
-            versions = [*map(_version, self._counted)]
+            versions = array("q", map(_version, self._counted))
         except RuntimeError:  # one took over the data of an inference tensor, whose writes nobody counts
-            versions = []
-        return places, [*map(_kind, self._weights)], versions
+            versions = array("q")
+        return places, [*map(_dtype, self._weights)], shapes, versions
 
 
 def views(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
