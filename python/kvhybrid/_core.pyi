@@ -28,6 +28,8 @@ __all__ = [
     "TokenBuffer",
     "Trace",
     "__version__",
+    "holds",
+    "read_at",
 ]
 
 # numpy's arrays are buffers, but their types say so only from Python 3.12 on.
@@ -49,6 +51,15 @@ class CapacityError(KVHybridError):
 
 class ClosedError(KVHybridError):
     """The handle was closed, or its plan was already committed or abandoned."""
+
+def holds(owners: list[Any], names: tuple[str, ...], dicts: list[dict[Any, Any]], values: list[Any]) -> bool:
+    """Return whether what ``owners`` call by these names are still ``dicts``, one behind the other, and
+    whether these hold ``values``, in order and no others. All by identity; only attributes of the objects
+    themselves count. Raises ``ValueError`` where there are not as many dictionaries as names."""
+
+def read_at(addresses: _Buffer, width: int) -> bytes:
+    """Return ``width`` bytes from each address (int64), one behind the other. Whoever has the addresses
+    keeps what lies there alive."""
 
 @final
 class TokenBuffer:

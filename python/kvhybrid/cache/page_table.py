@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from collections.abc import Sequence as Many
 
+    import numpy.typing as npt
+
     from kvhybrid._core import Sequence
 
 
@@ -40,19 +42,31 @@ RUN_BYTES = 2**18
 
 
 class PageTable:
-    """One row's page ids for one step, int64 on the CPU, and the pieces that they fall into."""
+    """One row's page ids for one step, and the pieces that they fall into."""
 
-    __slots__ = ("_pieces", "ids")
+    __slots__ = ("_ids", "_pieces")
 
-    def __init__(self, ids: torch.Tensor) -> None:
-        self.ids = ids
+    def __init__(self, ids: torch.Tensor | npt.NDArray[np.int32]) -> None:
+        self._ids = ids
         self._pieces: dict[tuple[int | None, ...], list[Piece]] = {}
 
     @classmethod
     def of(cls, sequence: Sequence) -> Self:
         """Return the pages of a sequence as they are now; to be read under ``PageStorage.still``."""
-        ids = np.frombuffer(sequence.block_table(), np.int32)
-        return cls(torch.from_numpy(ids.astype(np.int64)))
+        return cls(np.frombuffer(sequence.block_table(), np.int32))
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """The ids as torch counts, int64 on the CPU."""
+        if not isinstance(self._ids, torch.Tensor):
+            self._ids = torch.from_numpy(self._ids.astype(np.int64))
+        return self._ids
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int32]:
+        """The ids as the native side counts; a step over a native kernel needs them in no other form."""
+        ids = self._ids
+        return ids.numpy().astype(np.int32) if isinstance(ids, torch.Tensor) else ids
 
     def pieces(
         self,

@@ -48,7 +48,11 @@ class Step:
     """A filled plan. ``commit`` after the forward pass, or ``abandon``; dropping it abandons it."""
 
     def __init__(
-        self, storage: PageStorage, plan: Plan, spans: tuple[Span, ...], slots: torch.Tensor
+        self,
+        storage: PageStorage,
+        plan: Plan,
+        spans: tuple[Span, ...],
+        slots: npt.NDArray[np.int32] | torch.Tensor,
     ) -> None:
         self.storage = storage
         self.spans = spans
@@ -88,16 +92,15 @@ class Step:
                 # What these pages held, and the text that led up to it, is gone from here on.
                 storage.states.drop(np.unique(slots // storage.block_size).tolist())
             storage.copy_pages(plan.copies)
-        ids = torch.from_numpy(tables).long()
         spans, column = [], 0
         for row, (past, count) in enumerate(lengths.tolist()):
             if count == 0:
                 continue
             place = (0, column) if places is None else places[row]
             pages = -(-(past + count) // storage.block_size)
-            spans.append(Span(*place, count, past, PageTable(ids[row, :pages])))
+            spans.append(Span(*place, count, past, PageTable(tables[row, :pages])))
             column += count
-        return cls(storage, plan, tuple(spans), torch.from_numpy(slots).long())
+        return cls(storage, plan, tuple(spans), slots)
 
     def rows(self) -> list[Step]:
         """Return the step row by row, each as if alone in the input; only the whole can be committed."""
@@ -138,7 +141,8 @@ class Step:
             size = self.storage.block_size
             rows = torch.tensor([span.row for span in self.spans])
             columns = torch.tensor([span.column for span in self.spans])
-            indices = (rows, columns, self._slots // size, self._slots % size)
+            slots = torch.as_tensor(self._slots).long()
+            indices = (rows, columns, slots // size, slots % size)
             self._indices[device] = tuple(self.storage.to_device(index, device) for index in indices)
         return self._indices[device]
 
@@ -168,14 +172,16 @@ class Step:
     @cached_property
     def kernel_rows(self) -> StepRows:
         """The rows as the native kernel reads them."""
-        width = max(len(span.table.ids) for span in self.spans)
-        tables = np.zeros((len(self.spans), width), np.int32)
-        for table, span in zip(tables, self.spans, strict=True):
-            table[: len(span.table.ids)] = span.table.ids.numpy()
-        lengths = np.array([(span.past, span.count) for span in self.spans], np.int32)
-        places = np.array([(span.row, span.column) for span in self.spans], np.int32)
-        flat = (tables.reshape(-1), lengths.reshape(-1), places.reshape(-1))
-        return StepRows(*flat, self.storage.block_size)
+        tables = self.spans[0].table.numbers
+        if len(self.spans) > 1:
+            found = [span.table.numbers for span in self.spans]
+            rows = np.zeros((len(found), max(map(len, found))), np.int32)
+            for row, numbers in zip(rows, found, strict=True):
+                row[: len(numbers)] = numbers
+            tables = rows.reshape(-1)
+        lengths = np.array([number for span in self.spans for number in (span.past, span.count)], np.int32)
+        places = np.array([number for span in self.spans for number in (span.row, span.column)], np.int32)
+        return StepRows(tables, lengths, places, self.storage.block_size)
 
     @cached_property
     def _slot(self) -> tuple[int, int] | None:

@@ -71,12 +71,26 @@ class PagedAttention:
         step.check_query(layer, query)
         if extras is not None and extras.sinks is not None and extras.sinks.numel() != query.shape[1]:
             raise LayoutError(f"{extras.sinks.numel()} sinks for {query.shape[1]} query heads")
-        batch, _, tokens, _ = query.shape
         scale = _scale(query, scale)
         if self.native is not None and self.native.takes(step, query):
             return self.native.attend(step, layer, query, key, value, scale, window, extras)
+        with torch.no_grad():
+            return self._attend_rows(step, layer, query, key, value, scale, window, extras)
+
+    def _attend_rows(
+        self,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        extras: Extras | None,
+    ) -> torch.Tensor:
         if not step.has(layer):
             step.write(layer, key, value)
+        batch, _, tokens, _ = query.shape
         if batch == 1 and len(step.spans) == 1 and step.num_tokens == tokens:
             own = query[0], key[0], value[0]
             return self._attend_row(step.spans[0], layer, *own, scale, window, extras).transpose(0, 1)[None]

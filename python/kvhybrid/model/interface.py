@@ -193,10 +193,10 @@ def paged_attention_forward(
     if EXTRAS[own] and not kwargs.keys().isdisjoint(EXTRAS[own]):
         found = Extras(kwargs.get(CAP), kwargs.get(SINKS))
         extras = found if any(each is not None for each in found) else None
-    with torch.no_grad():
-        if mirror is not None:
-            return decode(step, query, *mirror, scaling, sliding_window, extras), None
+    if mirror is None:
         return attention.attend(step, layer, query, plain, value, scaling, sliding_window, extras), None
+    with torch.no_grad():
+        return decode(step, query, *mirror, scaling, sliding_window, extras), None
 
 
 def paged_mask(own: str, *args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -14,6 +14,8 @@ from transformers import GenerationConfig
 from kvhybrid.model.versions import CACHE_NAMES
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 # Arguments of ``forward`` that leave the K and V of given tokens at given places alone.
@@ -153,10 +155,18 @@ def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -
 
 def precision_of(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
     """Return where a model computes K and V, and in which dtype; autocast counts."""
-    weight = next(model.parameters())
+    weight = next(_parameters(model))
     kind = weight.device.type
     is_cast = kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)
     return weight.device, torch.get_autocast_dtype(kind) if is_cast else weight.dtype
+
+
+def _parameters(module: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """Yield parameters in torch's order. Every step asks for one, and torch's own walk spells names."""
+    yield from (own for own in module._parameters.values() if own is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parameters(child)
 
 
 def obstacle_in_precision(

@@ -20,6 +20,10 @@ def read_ids(input_ids: torch.Tensor, num_ids: int) -> Ids:
     """Return ``[batch, tokens]`` ids on the CPU; raises ``InvalidRequestError`` when one is out of range."""
     if input_ids.dim() != 2:
         raise InvalidRequestError(f"input_ids must be [batch, tokens], got {list(input_ids.shape)}")
+    if input_ids.numel() == 1:  # most steps, which find nothing of numpy in the processor's caches
+        token = int(input_ids.item())
+        _check_range(token, token, num_ids)
+        return np.array([[token]], np.int64)
     ids: Ids = input_ids.detach().cpu().numpy().astype(np.int64, copy=False)
     if ids.size == 0:
         raise InvalidRequestError(f"the prompt is empty: input_ids is {list(input_ids.shape)}")
@@ -48,7 +52,10 @@ def vocab_size(model: PreTrainedModel) -> int:
 
 def check_ids(ids: npt.NDArray[np.integer], num_ids: int) -> None:
     """Raise ``InvalidRequestError`` unless every id is in ``[0, num_ids)``."""
-    low, high = int(ids.min()), int(ids.max())
+    _check_range(int(ids.min()), int(ids.max()), num_ids)
+
+
+def _check_range(low: int, high: int, num_ids: int) -> None:
     if low < 0 or high >= num_ids:
         wrong = low if low < 0 else high
         raise InvalidRequestError(f"token id {wrong} is outside the vocabulary [0, {num_ids})")

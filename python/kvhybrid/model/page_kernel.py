@@ -65,14 +65,14 @@ class NativeAttention:
 
     def takes(self, step: Step, query: torch.Tensor) -> bool:
         """Return True for a step of few tokens a row, asked in a format that the kernel reads."""
-        return step.longest <= MOST_TOKENS and query.dtype in DTYPES and query.device.type == "cpu"
+        return step.longest <= MOST_TOKENS and query.dtype in DTYPES and query.is_cpu
 
     def writes(self, step: Step, layer: int, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Return True when ``attend`` can write the layer's new K and V itself: one call less a layer.
 
         Raises ``LayoutError`` when they are not the layout's.
         """
-        if step.longest > MOST_TOKENS or key.device.type != "cpu" or step.has(layer):
+        if step.longest > MOST_TOKENS or not key.is_cpu or step.has(layer):
             return False  # what a layer hands over a second time takes the place of the first at once
         if key.dtype != self.storage.dtype or value.dtype != self.storage.dtype:
             return False

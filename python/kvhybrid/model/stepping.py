@@ -124,16 +124,18 @@ class Stepping:
             is_next = given.item() == rows.columns
             if is_next:
                 return  # most steps: one token of one text
-        positions, is_token = rows.rows.positions(ids.shape[1])
         if columns is not None and columns.tolist() != list(range(rows.columns, rows.columns + ids.shape[1])):
             raise UnsupportedError(
                 f"a session of {rows.columns} columns cannot take a cache_position of other ones"
             )
+        # Without padding the model's own count is right; with it, it counts the padding. Some models with
+        # layers that keep a state count from 0 in every forward pass.
+        is_told = (any(rows.rows.pads) or rows.states is not None) and "position_ids" in self._parameters
+        if given is None and not is_told:
+            return
+        positions, is_token = rows.rows.positions(ids.shape[1])
         if given is None:
-            # Without padding the model's own count is right; with it, it counts the padding. Some models
-            # with layers that keep a state count from 0 in every forward pass.
-            if (any(rows.rows.pads) or rows.states is not None) and "position_ids" in self._parameters:
-                call["position_ids"] = torch.from_numpy(positions).to(ids.device)
+            call["position_ids"] = torch.from_numpy(positions).to(ids.device)
             return
         fits = given.dim() == 2 and given.shape[1] == positions.shape[1]
         if not fits or ((given.cpu().numpy() != positions) & is_token).any():

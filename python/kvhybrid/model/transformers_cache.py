@@ -153,12 +153,18 @@ class PagedSession(Cache):
         with self._open():
             import_into(self.rows, data, self._fingerprint, key=key)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new K and V; return what the layer's attention is to read."""
-        return self.rows.reader.read(self._step(), layer_idx, key_states, value_states)
+        # Asked, for the wrapper costs every layer of every step.
+        read = self._read_as_plain_code if torch.compiler.is_compiling() else self._read
+        return read(layer_idx, key_states, value_states)
+
+    def _read(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.rows.reader.read(self._step(), layer, key, value)
+
+    _read_as_plain_code = torch.compiler.disable(_read)
 
     def _step(self) -> Step:
         if self.rows.step is None:

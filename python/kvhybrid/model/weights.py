@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self
 
 import torch
 
+from kvhybrid.model.snapshot import Snapshot, views
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 
     from kvhybrid.cache.kv_cache import KVCache
 
-# Values of each weight that are compared before every prompt.
-SAMPLES = 8
 # How configurations call the share of attention weights that are dropped in training.
 ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Where the hooks are made that stay on a model once it was asked for hidden states; they only look.
@@ -63,6 +63,7 @@ class ModelState:
         self._droppers: list[torch.nn.Module] = []
         self._hooks = ""
         self._digest: tuple[int, str] | None = None
+        self._snapshot: Snapshot | None = None
         self._return()
         self.look()
 
@@ -79,27 +80,41 @@ class ModelState:
         watched = [tensor for known in left.tensors if (tensor := known()) is not None]
         if len(watched) == len(left.tensors):  # else an address may be another tensor's by now
             self.epoch, self._seen, self._versions, self._values = left.epoch, *left[2:]
-            self._watched, self._views = watched, _views(watched)
+            self._watched, self._views = watched, views(watched)
 
-    def survey(self) -> list[torch.nn.Module]:
-        """Find the adapters, hooks and dropout among the model's modules, all of which it returns.
+    def survey(self) -> None:
+        """Find the adapters, hooks and dropout among the model's modules. Weights are not looked at."""
+        if self._snapshot is None or not self._snapshot.has_same_modules():
+            self._survey(_modules(self._model))
 
-        Weights are not looked at.
-        """
-        modules = _modules(self._model)
+    def _survey(self, modules: list[torch.nn.Module]) -> None:
+        self._snapshot = None
         self._tuners = list(_tuners(modules))
         self._droppers = [module for module in modules if _can_drop(module)] + self._tuners
         self._hooks = _hooks(modules)
-        return modules
 
     def look(self) -> bool:
-        """Compare every weight with how it was, by identity, version and samples. True if one changed."""
-        watched = [tensor for tensor in _weights(self.survey()) if not tensor.is_meta]
+        """Compare every weight with how it was, by identity, version and samples. True if one changed.
+
+        Where nothing at all has changed, a snapshot says so at a fraction of the price.
+        """
+        if self._snapshot is not None and self._snapshot.is_same():
+            return False
+        modules = _modules(self._model)
+        weights = _weights(modules)
+        # Before anything is looked at: it must not hide what another thread changes meanwhile.
+        snapshot = Snapshot.of(modules, weights)
+        self._survey(modules)
+        has_changed = self._compare([weight for weight in weights if not weight.is_meta])
+        self._snapshot = snapshot
+        return has_changed
+
+    def _compare(self, watched: list[torch.Tensor]) -> bool:
         seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
         if seen == self._seen:
             return self.glance()
         self._watched, self._seen = watched, seen
-        self._views = _views(watched)
+        self._views = views(watched)
         self._versions, self._values = self._state()
         self.epoch = next(_epochs)
         return True
@@ -118,7 +133,7 @@ class ModelState:
 
     def _state(self) -> tuple[tuple[int, ...], list[torch.Tensor]]:
         with torch.no_grad():
-            return tuple(map(_version, self._watched)), [torch.cat(views) for views in self._views]
+            return tuple(map(_version, self._watched)), [torch.cat(each) for each in self._views]
 
     def invalidate(self) -> None:
         """Take the weights for changed."""
@@ -127,6 +142,8 @@ class ModelState:
     @property
     def adapters(self) -> str:
         """The adapters (peft) that are switched on, with their scales; empty without any."""
+        if not self._tuners:
+            return ""
         states = {
             (tuple(tuner.active_adapters), tuple(sorted(getattr(tuner, "scaling", {}).items())))
             for tuner in self._tuners
@@ -147,8 +164,10 @@ class ModelState:
         """
         if any(module.training and _rate(module) for module in self._droppers):
             return True
+        if not self._model.training:
+            return False
         config = self._model.config.get_text_config()
-        return self._model.training and any(getattr(config, name, 0) for name in ATTENTION_RATES)
+        return any(getattr(config, name, 0) for name in ATTENTION_RATES)
 
     @property
     def mixes_adapters(self) -> bool:
@@ -241,17 +260,6 @@ def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _views(tensors: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
-    """Return a view of a few values of every contiguous floating-point tensor, by device and dtype."""
-    found: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.is_contiguous() and tensor.numel() >= SAMPLES:
-            step = tensor.numel() // SAMPLES
-            place = found.setdefault((tensor.device, tensor.dtype), [])
-            place.append(tensor.detach().as_strided((SAMPLES,), (step,)))
-    return list(found.values())
 
 
 def _can_drop(module: torch.nn.Module) -> bool:

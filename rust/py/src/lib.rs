@@ -9,6 +9,7 @@ mod batch;
 mod buffers;
 mod codec;
 mod errors;
+mod held;
 mod plan;
 mod pool;
 mod replay;
@@ -30,6 +31,8 @@ mod _core {
     use crate::codec::PageCodec;
     #[pymodule_export]
     use crate::errors::{CapacityError, ClosedError, KVHybridError};
+    #[pymodule_export]
+    use crate::held::{holds, read_at};
     #[pymodule_export]
     use crate::plan::Plan;
     #[pymodule_export]
