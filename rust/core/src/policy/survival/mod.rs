@@ -36,7 +36,7 @@ const LOST: u64 = 16;
 /// What computing a block again costs grows with its depth in tokens, by so much.
 const DEPTH_TOKENS: f32 = 30_000.0;
 /// How much of that counts.
-const COST_EXPONENT: f32 = 0.1;
+const COST_EXPONENT: f32 = 0.05;
 /// Lower ends of the classes of depth, in tokens, and where their cost is taken.
 const DEPTH_FROM: [u32; DEPTHS] = [0, 8_192, 32_768, 98_304];
 const DEPTH_AT: [f32; DEPTHS] = [3_000.0, 18_000.0, 60_000.0, 150_000.0];
