@@ -5,9 +5,12 @@ use super::curves::BUCKETS;
 use super::record::FEATURES;
 use super::score::{Score, VALUES};
 use crate::ids::PageId;
+use crate::policy::History;
 
 /// Where the block's own features stand among all; the others are the text's.
 pub(super) const OWN: [usize; 3] = [5, 6, 7];
+/// A block that so many different ones followed belongs to a prompt that an application gives to all.
+const SHARED_BY: u8 = 4;
 /// The last value of a feature.
 const LAST: u8 = VALUES as u8 - 1;
 
@@ -30,8 +33,16 @@ impl Request {
     /// Read a text's features off its path, and note on the path that a prompt ended there.
     ///
     /// Turn, length, new tokens since the last turn's end, time since then, tokens generated, tokens
-    /// never seen, and time from the turn before to the last.
-    pub(super) fn read(marks: &mut [Mark], path: &[PageId], turn: Turn, block_tokens: u32, now: u64) -> Self {
+    /// never seen, time from the turn before to the last, and which prompt it shares with others: those of one
+    /// application fare alike.
+    pub(super) fn read(
+        history: &History,
+        marks: &mut [Mark],
+        path: &[PageId],
+        turn: Turn,
+        block_tokens: u32,
+        now: u64,
+    ) -> Self {
         let full = path.len().min((turn.prompt / block_tokens) as usize);
         let (mut turns, mut last, mut known) = (0, None::<(usize, u64)>, 0);
         let mut pause = None;
@@ -58,6 +69,14 @@ impl Request {
         features[4] = octave(f64::from(turn.output), 1, 1);
         features[8] = octave(tokens_after(known), 4, 1);
         features[9] = seconds(pause);
+        let shared = path[..full].iter().rposition(|page| marks[page.index()].kids >= SHARED_BY);
+        if let Some(shared) = shared {
+            let key = history.key(path[shared]);
+            // Twice, by other bits each: two of a value rarely share both.
+            for (feature, bits) in [(10, key >> 40), (11, key >> 52)] {
+                features[feature] = 1 + (bits % u64::from(LAST)) as u8;
+            }
+        }
         if let Some(end) = full.checked_sub(1) {
             marks[path[end].index()].ended = now;
         }

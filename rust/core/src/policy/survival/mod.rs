@@ -156,7 +156,7 @@ impl Policy for Survival {
     }
 
     fn touch(&mut self, history: &History, path: &[PageId], turn: Turn, now: u64) {
-        let request = Request::read(&mut self.marks, path, turn, self.block_tokens, now);
+        let request = Request::read(history, &mut self.marks, path, turn, self.block_tokens, now);
         let base = request.base(&self.score);
         self.records.note_text(path.len());
         self.sampled.clear();

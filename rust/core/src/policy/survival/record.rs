@@ -1,7 +1,7 @@
 //! Samples of what became of blocks: when one was used, and when it was used again.
 
 /// Features of a block at the moment of its use; each picks one weight of its row.
-pub(super) const FEATURES: usize = 10;
+pub(super) const FEATURES: usize = 12;
 /// Records kept, the oldest overwritten: 1 MiB.
 pub(super) const RECORDS: usize = 1 << 15;
 
