@@ -6,7 +6,9 @@
 //! an age is the best reachable rate of hits per time held from there on (Gittins'): a leaf with the
 //! lowest index is the one whose page is worth least.
 
+use super::features::{self, OWN};
 use super::record::Records;
+use super::score::Score;
 
 /// Classes of own uses.
 pub(super) const USES: usize = 5;
@@ -15,9 +17,9 @@ pub(super) const BUCKETS: usize = 16;
 /// Curves.
 pub(super) const CURVES: usize = USES * BUCKETS;
 /// Ages: half octaves of milliseconds.
-const AGES: usize = 60;
-/// Observations that what a curve leans on counts for.
-const LEAN: f32 = 30.0;
+pub(super) const AGES: usize = 60;
+/// Observations that what a curve leans on counts for, and that a factor is 1.
+pub(super) const LEAN: f32 = 30.0;
 /// How much the index falls with each half octave where nothing is known: as recency would have it.
 const FALL: f32 = 0.35;
 /// Share of all returns that lie within the horizon.
@@ -93,16 +95,14 @@ impl Curves {
         self.horizon = (edge(age.unwrap_or(AGES - 1).min(AGES - 1) + 1) * 1000.0) as u64;
     }
 
-    /// Estimate every curve anew from the records.
-    pub(super) fn learn(&mut self, records: &Records, now: u64) {
+    /// Estimate every curve anew from the records, each counted where the score puts it now.
+    pub(super) fn learn(&mut self, records: &Records, score: &Score, now: u64) {
         let mut counts = vec![NONE; CURVES];
         for record in records.iter() {
-            let counts = &mut counts[usize::from(record.curve)];
-            if record.again > 0 {
-                counts.returned[bin(record.again - record.used)] += 1.0;
-            } else {
-                counts.watched[bin(now.saturating_sub(record.used))] += 1.0;
-            }
+            let counts = &mut counts[features::curve(record.features[OWN[0]], score.of(&record.features))];
+            let (age, is_back) = record.watched(now);
+            let outcome = if is_back { &mut counts.returned } else { &mut counts.watched };
+            outcome[bin(age)] += 1.0;
         }
         let mut by_uses = [NONE; USES];
         let mut all = NONE;
@@ -164,7 +164,7 @@ fn position(age: u64) -> f32 {
     if milliseconds < std::f32::consts::SQRT_2 { 0.0 } else { 2.0 * milliseconds.log2() }
 }
 
-fn bin(age: u64) -> usize {
+pub(super) fn bin(age: u64) -> usize {
     (position(age) as usize).min(AGES - 1)
 }
 

@@ -5,9 +5,14 @@ use super::curves::BUCKETS;
 use super::record::FEATURES;
 use super::score::{Score, VALUES};
 use crate::ids::PageId;
+use crate::policy::History;
 
 /// Where the block's own features stand among all; the others are the text's.
 pub(super) const OWN: [usize; 3] = [5, 6, 7];
+/// A block that so many different ones followed belongs to a prompt that an application gives to all.
+const SHARED_BY: u8 = 4;
+/// The last value of a feature.
+const LAST: u8 = VALUES as u8 - 1;
 
 /// The lengths of a text that ended.
 #[derive(Clone, Copy, Debug, Default)]
@@ -27,11 +32,20 @@ pub(super) struct Request {
 impl Request {
     /// Read a text's features off its path, and note on the path that a prompt ended there.
     ///
-    /// Turn, length, new tokens since the last turn's end, time since then, tokens generated, and tokens
-    /// never seen.
-    pub(super) fn read(marks: &mut [Mark], path: &[PageId], turn: Turn, block_tokens: u32, now: u64) -> Self {
+    /// Turn, length, new tokens since the last turn's end, time since then, tokens generated, tokens
+    /// never seen, time from the turn before to the last, and which prompt it shares with others: those of one
+    /// application fare alike.
+    pub(super) fn read(
+        history: &History,
+        marks: &mut [Mark],
+        path: &[PageId],
+        turn: Turn,
+        block_tokens: u32,
+        now: u64,
+    ) -> Self {
         let full = path.len().min((turn.prompt / block_tokens) as usize);
-        let (mut turns, mut last, mut known) = (0usize, None, 0);
+        let (mut turns, mut last, mut known) = (0, None::<(usize, u64)>, 0);
+        let mut pause = None;
         for (position, page) in path[..full].iter().enumerate() {
             let mark = &marks[page.index()];
             if mark.uses > 0 {
@@ -39,20 +53,30 @@ impl Request {
             }
             if mark.ended > 0 {
                 turns += 1;
+                pause = last.map(|(_, before)| mark.ended.saturating_sub(before));
                 last = Some((position, mark.ended));
             }
         }
         let prompt = f64::from(turn.prompt);
         let reached = last.map_or(0, |(position, _)| position + 1);
         let tokens_after = |blocks: usize| prompt - blocks as f64 * f64::from(block_tokens);
-        let gap = last.map(|(_, ended)| now.saturating_sub(ended) as f64 / 1e6);
+        let seconds = |time: Option<u64>| time.map_or(0, |time| (1 + octave(time as f64 / 1e6, 0, 1)).min(LAST));
         let mut features = [0; FEATURES];
         features[0] = step(turns, &[1, 2, 3, 4, 5, 6, 10, 20, 40]);
         features[1] = octave(prompt, 8, 2);
         features[2] = octave(tokens_after(reached), 4, 1);
-        features[3] = gap.map_or(0, |gap| (1 + octave(gap, 0, 1)).min(VALUES as u8 - 1));
+        features[3] = seconds(last.map(|(_, ended)| now.saturating_sub(ended)));
         features[4] = octave(f64::from(turn.output), 1, 1);
         features[8] = octave(tokens_after(known), 4, 1);
+        features[9] = seconds(pause);
+        let shared = path[..full].iter().rposition(|page| marks[page.index()].kids >= SHARED_BY);
+        if let Some(shared) = shared {
+            let key = history.key(path[shared]);
+            // Twice, by other bits each: two of a value rarely share both.
+            for (feature, bits) in [(10, key >> 40), (11, key >> 52)] {
+                features[feature] = 1 + (bits % u64::from(LAST)) as u8;
+            }
+        }
         if let Some(end) = full.checked_sub(1) {
             marks[path[end].index()].ended = now;
         }
@@ -64,7 +88,7 @@ impl Request {
         Self { features, num_blocks: path.len() }
     }
 
-    /// Log odds before the block's own features are added.
+    /// Score before the block's own features are added.
     pub(super) fn base(&self, score: &Score) -> f32 {
         let features = self.features.iter().enumerate().filter(|(feature, _)| !OWN.contains(feature));
         features.map(|(feature, value)| score.weight(feature, *value)).sum::<f32>() + score.bias()
@@ -90,11 +114,10 @@ impl Request {
     }
 }
 
-/// The curve of a block: how often it was used, and how likely it is wanted again.
-pub(super) fn curve(uses: u8, logit: f32) -> usize {
-    let uses = usize::from(step(usize::from(uses), &[1, 2, 4, 8]));
-    let bucket = ((logit + 4.0) * 2.0).clamp(0.0, BUCKETS as f32 - 1.0) as usize;
-    uses * BUCKETS + bucket
+/// The curve of a block: by its feature of own uses, and by its score.
+pub(super) fn curve(uses: u8, score: f32) -> usize {
+    let bucket = ((score + 4.0) * 2.0).clamp(0.0, BUCKETS as f32 - 1.0) as usize;
+    usize::from(step(uses.into(), &[1, 2, 4, 5])) * BUCKETS + bucket
 }
 
 /// How many of the ascending bounds are reached.
@@ -108,5 +131,5 @@ fn octave(value: f64, from: i32, per: i32) -> u8 {
         return 0;
     }
     let octave = (value.log2() * f64::from(per)) as i32 - from * per + 1;
-    octave.clamp(0, VALUES as i32 - 1) as u8
+    octave.clamp(0, LAST.into()) as u8
 }

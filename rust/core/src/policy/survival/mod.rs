@@ -36,7 +36,7 @@ const LOST: u64 = 16;
 /// What computing a block again costs grows with its depth in tokens, by so much.
 const DEPTH_TOKENS: f32 = 30_000.0;
 /// How much of that counts.
-const COST_EXPONENT: f32 = 0.1;
+const COST_EXPONENT: f32 = 0.05;
 /// Lower ends of the classes of depth, in tokens, and where their cost is taken.
 const DEPTH_FROM: [u32; DEPTHS] = [0, 8_192, 32_768, 98_304];
 const DEPTH_AT: [f32; DEPTHS] = [3_000.0, 18_000.0, 60_000.0, 150_000.0];
@@ -111,8 +111,8 @@ impl Lesson {
     /// Learn from what was copied.
     pub fn learn(&mut self) {
         self.curves.look(&self.records);
-        self.score.learn(&mut self.records, self.curves.horizon, self.now);
-        self.curves.learn(&self.records, self.now);
+        self.score.learn(&self.records, self.curves.horizon, self.now);
+        self.curves.learn(&self.records, &self.score, self.now);
     }
 }
 
@@ -156,15 +156,15 @@ impl Policy for Survival {
     }
 
     fn touch(&mut self, history: &History, path: &[PageId], turn: Turn, now: u64) {
-        let request = Request::read(&mut self.marks, path, turn, self.block_tokens, now);
+        let request = Request::read(history, &mut self.marks, path, turn, self.block_tokens, now);
         let base = request.base(&self.score);
         self.records.note_text(path.len());
         self.sampled.clear();
         for (position, page) in path.iter().enumerate() {
             let (key, mark) = (history.key(*page), &mut self.marks[page.index()]);
             let own = request.own(mark, position);
-            let logit = base + (0..OWN.len()).map(|i| self.score.weight(OWN[i], own[i])).sum::<f32>();
-            let curve = features::curve(mark.uses, logit);
+            let score = base + (0..OWN.len()).map(|i| self.score.weight(OWN[i], own[i])).sum::<f32>();
+            let curve = features::curve(own[0], score);
             let depth = position as u32 * self.block_tokens;
             let deeper = DEPTH_FROM.iter().filter(|from| **from <= depth).count() - 1;
             let standing = Standing { class: (curve * DEPTHS + deeper) as u16, last: now };
@@ -178,8 +178,7 @@ impl Policy for Survival {
             mark.record = 0;
             if self.records.is_sampled(key) {
                 let features = request.features(own);
-                let record =
-                    Record { used: now, again: 0, features, curve: curve as u8, key: key as u8, is_learned: false };
+                let record = Record { used: now, again: 0, features, key: key as u8 };
                 mark.record = (self.records.push(record) as u32).wrapping_add(1);
             }
             if self.shadows.is_sampled(key) {
@@ -281,7 +280,6 @@ impl Policy for Survival {
     }
 
     fn apply(&mut self, lesson: Lesson) {
-        self.records.note_learned(&lesson.records);
         (self.score, self.curves) = (lesson.score, lesson.curves);
         self.is_learning = false;
     }

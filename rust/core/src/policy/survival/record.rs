@@ -1,7 +1,7 @@
 //! Samples of what became of blocks: when one was used, and when it was used again.
 
 /// Features of a block at the moment of its use; each picks one weight of its row.
-pub(super) const FEATURES: usize = 9;
+pub(super) const FEATURES: usize = 12;
 /// Records kept, the oldest overwritten: 1 MiB.
 pub(super) const RECORDS: usize = 1 << 15;
 
@@ -22,12 +22,16 @@ pub(super) struct Record {
     /// When it was used again; 0 is not yet.
     pub again: u64,
     pub features: [u8; FEATURES],
-    /// Curve: own uses and bucket of the score.
-    pub curve: u8,
     /// The bits of the block's key that sampling goes by.
     pub key: u8,
-    /// The score has learned from it.
-    pub is_learned: bool,
+}
+
+impl Record {
+    /// How long it was watched, and whether the block was wanted again then.
+    pub(super) fn watched(&self, now: u64) -> (u64, bool) {
+        let is_back = self.again > 0;
+        (if is_back { self.again } else { now }.saturating_sub(self.used), is_back)
+    }
 }
 
 /// The latest records.
@@ -92,18 +96,6 @@ impl Records {
 
     pub(super) fn iter(&self) -> impl Iterator<Item = &Record> {
         self.ring.iter().filter(|record| record.used > 0)
-    }
-
-    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Record> {
-        self.ring.iter_mut().filter(|record| record.used > 0)
-    }
-
-    /// Take over which records `lesson`, an earlier copy of this, has learned from.
-    pub(super) fn note_learned(&mut self, lesson: &Self) {
-        for (own, other) in self.ring.iter_mut().zip(&lesson.ring) {
-            // The slot of an overwritten record holds another one now.
-            own.is_learned |= other.is_learned && own.used == other.used;
-        }
     }
 
     pub(super) fn bytes(&self) -> usize {
