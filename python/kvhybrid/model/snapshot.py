@@ -47,7 +47,11 @@ class Snapshot:
         self._weights = weights
         self._counted = [weight for weight in weights if not weight.is_inference()]
         self._facts = self._facts_now()
-        self._near = _samples(weight for weight in weights if weight.device.type == "cpu")
+        near = [weight for weight in weights if weight.device.type == "cpu"]
+        # Read by address: another thread may give a weight other data between asking where it lies and
+        # reading there.
+        self._storages = [weight.untyped_storage() for weight in near]
+        self._near = _samples(near)
         self._views = views(weight for weight in weights if weight.device.type != "cpu")
         self._far = [torch.cat(each) for each in self._views]
 
