@@ -133,8 +133,8 @@ def test_on_recorded_traces_the_learned_order_is_nowhere_far_below_recency(name:
     found = outcomes(RECORDED / name, *REFERENCE[name][0], *sizes, "--policy", "lru,adaptive")
     recent, learned = ([row["hit_ratio"] for row in found if row["policy"] == p] for p in ("lru", "adaptive"))
     assert all(ours >= theirs - 0.2 for ours, theirs in zip(learned, recent, strict=True))
-    assert learned[1] > recent[1] + 2
-    assert learned[2] > recent[2] + 2
+    assert learned[1] > recent[1] + 2.5
+    assert learned[2] > recent[2] + 4
 
 
 def test_a_flat_trace_is_one_block_a_request(tmp_path: Path) -> None:

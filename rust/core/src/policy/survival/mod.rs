@@ -2,8 +2,8 @@
 //!
 //! From nothing but the tree and the clock. A block's use says which turn of a conversation it was (how
 //! many earlier prompts ended on its path), how long the prompt and its new part were, how long ago the
-//! last turn ended, how often the block itself was used. A score learned on line turns that into the odds
-//! of a return; blocks of equal odds and equal own uses share a survival curve of the time to the next
+//! last turn ended, how often the block itself was used. A score fitted to what became of blocks turns that
+//! into expected returns; blocks of equal score and equal own uses share a survival curve of the time to the next
 //! use; the curve gives the rank of a leaf of that age. A guard sets recency back in whenever it would
 //! have done better.
 
