@@ -8,7 +8,9 @@ impl Pool {
     /// Verify every invariant and name the one that broke. Costs the pool: for tests.
     pub fn check(&self) -> Result<()> {
         let broken = |what: String| Err(Error::Broken(what));
-        let in_tree = self.tree.check(self.sequences.iter().map(|(_, sequence)| sequence.anchor))?;
+        let (lasting, pins) = (self.pins.anchors(true), self.pins.anchors(false));
+        let anchors = self.sequences.iter().map(|(_, sequence)| sequence.anchor);
+        let in_tree = self.tree.check(anchors.chain(pins).chain(lasting.clone()), lasting)?;
         let mut held: Vec<Option<u32>> = vec![Some(0); self.num_pages()];
         for page in in_tree {
             if held[page.index()].take().is_none() {

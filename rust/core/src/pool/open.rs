@@ -37,6 +37,7 @@ impl Pool {
         }
         let sealed = matched >> self.shift << self.shift;
         check_tokens(&tokens[matched..], matched)?;
+        self.expire();
         let node = if matched > 0 { node } else { None };
         let node = node.unwrap_or_else(|| self.tree.root(namespace));
         let anchor = self.tree.anchor(node, matched as u32);
