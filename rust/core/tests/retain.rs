@@ -297,7 +297,8 @@ fn hints_are_bounded_and_what_they_hold_is_not_counted_as_pinned_by_users() {
     store(&mut pool, &[1, 2]);
     store(&mut pool, &[1, 2, 3]);
     store(&mut pool, &[4, 5]);
-    let hint = pool.hint(SPACE, &[1, 2, 3, 9], 3).unwrap().unwrap();
+    let (hint, held) = pool.hint(SPACE, &[1, 2, 3, 9], 3).unwrap().unwrap();
+    assert_eq!(held, 3);
     assert!(pool.hint(SPACE, &[1, 2], 3).unwrap().is_some(), "held already: it costs nothing");
     assert_eq!(pool.hint(SPACE, &[4, 5], 3), Ok(None));
     assert_eq!(pool.hint(SPACE, &[8], 3), Ok(None));

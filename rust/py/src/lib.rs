@@ -9,9 +9,11 @@ mod batch;
 mod buffers;
 mod codec;
 mod errors;
+mod pin;
 mod plan;
 mod pool;
 mod replay;
+mod retention;
 mod sequence;
 mod team;
 mod token_buffer;
@@ -30,6 +32,8 @@ mod _core {
     use crate::codec::PageCodec;
     #[pymodule_export]
     use crate::errors::{CapacityError, ClosedError, KVHybridError};
+    #[pymodule_export]
+    use crate::pin::Pin;
     #[pymodule_export]
     use crate::plan::Plan;
     #[pymodule_export]

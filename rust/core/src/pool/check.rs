@@ -34,8 +34,8 @@ impl Pool {
             let whole = (sequence.length >> self.shift) as usize;
             let own = sequence.table.iter().enumerate().skip(whole.max(sealed));
             for (block, page) in own.filter(|(_, page)| self.pages.is_mutable(**page)) {
-                // A sequence that was cut goes on from a copy, and until then stands on the page it had.
-                let is_cut = !sequence.planned && block == whole;
+                // A sequence that was cut goes on from a copy, and until a step writes it stands on the page it had.
+                let is_cut = sequence.replaced.is_none() && block == whole;
                 if self.pages.classes().is_quantized(*page) && !is_cut {
                     return broken(format!("quantized page {} is written, as block {block}", page.0));
                 }

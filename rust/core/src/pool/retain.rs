@@ -127,9 +127,9 @@ impl Pool {
             return Err(Error::Argument(what));
         }
         check_tokens(tokens, 0)?;
+        self.expire();
         let Some((node, matched)) = self.find(namespace, &tokens[..end]) else { return Ok(0) };
         let matched = self.tree.in_whole_pages(node, matched);
-        self.expire();
         let anchor = self.tree.anchor(node, matched);
         let from = range.start.next_multiple_of(1 << self.shift) as u32;
         let expires = self.end_of(retention.ttl);
@@ -193,10 +193,10 @@ impl Pool {
 
     /// Keep a cached text from leaving for somebody who waits for it, as long as hints keep at most `most` pages;
     /// None when that would be more, or nothing is cached. Whoever needs room unpins it first.
-    pub fn hint(&mut self, namespace: Namespace, tokens: &[u32], most: usize) -> Result<Option<PinId>> {
+    pub fn hint(&mut self, namespace: Namespace, tokens: &[u32], most: usize) -> Result<Option<(PinId, usize)>> {
         check_tokens(tokens, 0)?;
-        let Some((node, matched)) = self.find(namespace, tokens) else { return Ok(None) };
         self.expire();
+        let Some((node, matched)) = self.find(namespace, tokens) else { return Ok(None) };
         let before = self.tree.num_evictable();
         let anchor = self.tree.anchor(node, matched);
         let num_pages = before - self.tree.num_evictable();
@@ -205,7 +205,7 @@ impl Pool {
             return Ok(None);
         }
         let pin = Pin { anchor, namespace, expires: 0, is_users: false, num_pages };
-        Ok(Some(self.pins.insert(pin)))
+        Ok(Some((self.pins.insert(pin), matched as usize)))
     }
 
     /// Let go of a pin. Nothing happens when it has ended.

@@ -35,8 +35,7 @@ impl Model {
                 let Some(of) = self.pick(of) else { return };
                 let Text { namespace, ref tokens, .. } = self.texts[of];
                 let most = self.pool.num_pages() / 4;
-                if let Some(id) = self.pool.hint(Namespace(namespace), tokens, most).unwrap() {
-                    let known = self.pool.matched(Namespace(namespace), tokens).unwrap();
+                if let Some((id, known)) = self.pool.hint(Namespace(namespace), tokens, most).unwrap() {
                     let tokens = tokens[..known].to_vec();
                     self.pins.push(Pinned { id, namespace, tokens, ends: false, is_hint: true });
                 }
