@@ -366,12 +366,14 @@ class PagePool:
         ttl_s: float | None = None,
         lapses: bool = False,
     ) -> int:
-        """Have ``tokens[start:stop]``, as far as they are cached, in whole blocks, leave before or after others.
+        """Have ``tokens[start:stop]``, as far as they are cached, in whole blocks, leave before or after
+        others.
 
-        Lower priorities (-100 to 100, 0 the usual one) leave before higher ones. With ``ttl_s`` they leave after
-        all else of their priority until it is over, and then before everything; with ``lapses`` they are then
-        as any other. What stands before them stays as long as they do. Replaces what was said of them before,
-        and counts as a use. Returns how many leading tokens are cached and end the range, or lie before it.
+        Lower priorities (-100 to 100, 0 the usual one) leave before higher ones. With ``ttl_s`` they leave
+        after all else of their priority until it is over, and then before everything; with ``lapses`` they
+        are then as any other. What stands before them stays as long as they do. Replaces what was said of
+        them before, and counts as a use. Returns how many leading tokens are cached and end the range, or lie
+        before it.
         """
     def pin(self, tokens: _Tokens, namespace: int = 0, *, ttl_s: float | None = None) -> Pin:
         """Pin a text as far as it is cached, until the handle is released, or for ``ttl_s`` seconds.
@@ -393,8 +395,8 @@ class PagePool:
         """Return why a text is not found, or not all of it. Changes nothing.
 
         ``cached`` leading tokens; ``evicted``, how many behind them were cached and left, as far as that is
-        remembered; ``unseen``, the rest; ``evicted_by``: ``lru``, ``survival``, ``ttl``, ``priority`` or ``asked``, and
-        ``evicted_s_ago``, both None when none was."""
+        remembered; ``unseen``, the rest; ``evicted_by``: ``lru``, ``survival``, ``ttl``, ``priority`` or
+        ``asked``, and ``evicted_s_ago``, both None when none was."""
     def set_time(self, microseconds: int) -> None:
         """Stop following the machine's clock: it is this late until set again. Learning is then done at
         once, so that every run is the same."""
@@ -410,7 +412,8 @@ class PagePool:
         ``refused_pages``, ``plans``, ``abandoned_plans``, ``returned_pages`` (they entered the tree again
         after they had been evicted), ``ghosts`` (evicted blocks whose ids are remembered); ``user_pins``,
         ``user_pinned_pages`` of ``most_user_pinned_pages``; and by why they left ``evicted_lru_pages``,
-        ``evicted_survival_pages``, ``evicted_ttl_pages``, ``evicted_priority_pages``, ``evicted_asked_pages``."""
+        ``evicted_survival_pages``, ``evicted_ttl_pages``, ``evicted_priority_pages``,
+        ``evicted_asked_pages``."""
     def bookkeeping_bytes(self) -> int:
         """Return the bytes that the bookkeeping owns, token ids not counted. Walks the tree: not for
         the request path."""

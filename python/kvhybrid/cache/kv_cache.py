@@ -20,6 +20,7 @@ from kvhybrid.cache.compress.holders import Holders
 from kvhybrid.cache.explained import Explanation, explain, ruling
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
+from kvhybrid.cache.retention import Retention, Retentions
 from kvhybrid.cache.stored import stored
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from kvhybrid._core import Pin
     from kvhybrid.cache.process_kv import SliceMetadata
     from kvhybrid.cache.step import Tokens
 
@@ -39,6 +41,9 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Give the pages back; the session's tokens are forgotten."""
+
+    def retire(self) -> None:
+        """Say, before that, that nobody will go on with it: what was retained for it is wanted no more."""
 
 
 class KVCache:
@@ -73,6 +78,7 @@ class KVCache:
             num_quantized=self.storage.num_quantized,
             num_lowest=self.storage.records[1].num_pages if len(self.storage.records) > 1 else 0,
             policy=self.config.cache_strategy.value,
+            max_pinned_share=self.config.max_pinned_share,
         )
         self._collector: Collector | None = None
         if self.config.enable_gc:
@@ -156,11 +162,13 @@ class KVCache:
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
         """Forget a session, a model's or ``process_kv``'s or both of that name. True if it was known.
 
-        What a model computed stays cached until it is evicted; what came as tensors is gone.
+        What a model computed stays cached until it is evicted, what the session had retained before all else;
+        what came as tensors is gone.
         """
         with self._lock:
             session = self._sessions.pop((tenant, session_id), None)
         if session is not None:
+            session.retire()
             session.close()
         return self._tensors.drop((tenant, session_id)) or session is not None
 
@@ -235,6 +243,10 @@ class KVCache:
         step down, ``demoted_to_int8_pages`` and ``demoted_to_int4_pages``. ``capacity_bytes`` is within
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
+        By why they were chosen: ``evicted_lru_pages``, ``evicted_survival_pages`` (the learned order),
+        ``evicted_ttl_pages`` (their time was over), ``evicted_priority_pages`` (a lower one than the usual)
+        and ``evicted_asked_pages``. ``user_pinned_pages`` of at most ``most_user_pinned_pages`` are pinned by
+        ``pin``; ``pinned_pages`` are these and those in use.
         ``gc_failures`` counts its runs in which something raised.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
         ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
@@ -273,12 +285,45 @@ class KVCache:
         ``tokens``: int32 or int64, of one dimension. Of several models over one cache, the one that knows
         most of the text counts. Raises ``ValueError`` for what are no token ids.
         """
+        return explain(self.pool, tokens, self._numbers_of(tenant))
+
+    def retain(
+        self,
+        tokens: Tokens,
+        *,
+        tenant: str = "default",
+        start: int = 0,
+        stop: int | None = None,
+        priority: int = 0,
+        ttl_s: float | None = None,
+    ) -> int:
+        """Have ``tokens[start:stop]``, as far as they are cached, leave before or after other texts.
+
+        Lower priorities (-100 to 100, 0 the usual one) leave before higher ones. With ``ttl_s`` a page leaves
+        after all else of its priority until that is over, and before everything then, unless it is in use, or
+        used again: it is as any other from then on. In whole blocks; what stands before the range stays as
+        long as it does. What was said of it before is replaced: called without either, the text is as any
+        other.
+
+        Returns how many leading tokens are cached and end the range, or lie before it: less than ``stop``
+        where the rest is not. Raises ``InvalidRequestError`` for what is out of range.
+        """
+        numbers = self._numbers_of(tenant)
+        return Retentions(self.pool, numbers).retain(tokens, start, stop, Retention(priority, ttl_s))
+
+    def pin(self, tokens: Tokens, *, tenant: str = "default", ttl_s: float | None = None) -> Pin:
+        """Pin a text as far as it is cached: its pages neither leave nor step down.
+
+        Until the returned handle is released (``release()``) or dropped, ``ttl_s`` seconds are over, or the
+        model changes. Raises ``CapacityError`` with the numbers beyond ``max_pinned_share`` of the budget,
+        ``InvalidRequestError`` when nothing is cached.
+        """
+        return Retentions(self.pool, self._numbers_of(tenant)).pin(tokens, ttl_s)
+
+    def _numbers_of(self, tenant: str) -> list[int]:
         tenant = tenant if self.config.tenant_isolation else ""
         with self._lock:
-            numbers = [
-                number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)
-            ]
-        return explain(self.pool, tokens, numbers)
+            return [number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)]
 
     def give_up(self, tokens: int) -> None:
         """Count ``tokens`` that were found cached, but behind where every row of a batch can go on from."""
