@@ -128,7 +128,7 @@ def test_pins_leave_room_to_run(cache):
 
 
 def test_how_much_may_be_pinned_is_set():
-    with pytest.raises(ConfigError, match="max_pinned_share=0.95: must be a number from 0 to 0.9"):
+    with pytest.raises(ConfigError, match=r"max_pinned_share=0\.95: must be a number from 0 to 0\.9"):
         KVCacheConfig(max_pinned_share=0.95)
     cache = make(max_pinned_share=0)
     store(cache, A)

@@ -142,7 +142,7 @@ def test_what_others_computed_before_gets_no_end_from_a_session(attachment):
 
 
 def test_priorities_hold_at_once_and_for_forks(attachment):
-    cache, session = attachment.cache, attachment.cache.session("a")
+    session = attachment.cache.session("a")
     text = run(attachment, session, prompt(20, seed=1))
     other = run(attachment, None, prompt(20, seed=2))
     session.retain(priority=5)

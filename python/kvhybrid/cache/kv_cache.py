@@ -17,10 +17,10 @@ from kvhybrid._core import PagePool
 from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.compress.holders import Holders
-from kvhybrid.cache.explained import Explanation, explain, ruling
+from kvhybrid.cache.explained import ruling
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
-from kvhybrid.cache.retention import Retention, Retentions
+from kvhybrid.cache.said import SaidOfTexts
 from kvhybrid.cache.stored import stored
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
@@ -31,9 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kvhybrid._core import Pin
     from kvhybrid.cache.process_kv import SliceMetadata
-    from kvhybrid.cache.step import Tokens
 
 
 class Session(Protocol):
@@ -42,11 +40,8 @@ class Session(Protocol):
     def close(self) -> None:
         """Give the pages back; the session's tokens are forgotten."""
 
-    def retire(self) -> None:
-        """Say, before that, that nobody will go on with it: what was retained for it is wanted no more."""
 
-
-class KVCache:
+class KVCache(SaidOfTexts):
     """K and V of many texts in pages, shared by prefix, within a budget.
 
     ``layout`` says how wide a token is; ``config`` how many there is room for. ``device`` is where the
@@ -168,7 +163,6 @@ class KVCache:
         with self._lock:
             session = self._sessions.pop((tenant, session_id), None)
         if session is not None:
-            session.retire()
             session.close()
         return self._tensors.drop((tenant, session_id)) or session is not None
 
@@ -278,52 +272,6 @@ class KVCache:
             **self.compressed.statistics(),
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
-
-    def explain(self, tokens: Tokens, *, tenant: str = "default") -> Explanation:
-        """Say why a text is not found, or not all of it. Changes nothing.
-
-        ``tokens``: int32 or int64, of one dimension. Of several models over one cache, the one that knows
-        most of the text counts. Raises ``ValueError`` for what are no token ids.
-        """
-        return explain(self.pool, tokens, self._numbers_of(tenant))
-
-    def retain(
-        self,
-        tokens: Tokens,
-        *,
-        tenant: str = "default",
-        start: int = 0,
-        stop: int | None = None,
-        priority: int = 0,
-        ttl_s: float | None = None,
-    ) -> int:
-        """Have ``tokens[start:stop]``, as far as they are cached, leave before or after other texts.
-
-        Lower priorities (-100 to 100, 0 the usual one) leave before higher ones. With ``ttl_s`` a page leaves
-        after all else of its priority until that is over, and before everything then, unless it is in use, or
-        used again: it is as any other from then on. In whole blocks; what stands before the range stays as
-        long as it does. What was said of it before is replaced: called without either, the text is as any
-        other.
-
-        Returns how many leading tokens are cached and end the range, or lie before it: less than ``stop``
-        where the rest is not. Raises ``InvalidRequestError`` for what is out of range.
-        """
-        numbers = self._numbers_of(tenant)
-        return Retentions(self.pool, numbers).retain(tokens, start, stop, Retention(priority, ttl_s))
-
-    def pin(self, tokens: Tokens, *, tenant: str = "default", ttl_s: float | None = None) -> Pin:
-        """Pin a text as far as it is cached: its pages neither leave nor step down.
-
-        Until the returned handle is released (``release()``) or dropped, ``ttl_s`` seconds are over, or the
-        model changes. Raises ``CapacityError`` with the numbers beyond ``max_pinned_share`` of the budget,
-        ``InvalidRequestError`` when nothing is cached.
-        """
-        return Retentions(self.pool, self._numbers_of(tenant)).pin(tokens, ttl_s)
-
-    def _numbers_of(self, tenant: str) -> list[int]:
-        tenant = tenant if self.config.tenant_isolation else ""
-        with self._lock:
-            return [number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)]
 
     def give_up(self, tokens: int) -> None:
         """Count ``tokens`` that were found cached, but behind where every row of a batch can go on from."""

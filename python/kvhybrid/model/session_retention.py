@@ -65,18 +65,19 @@ class SessionRetention:
             except CapacityError:
                 self.num_unpinned_calls += 1
 
-    def retain(self, texts: Sequence[Text], retention: Retention | None, *, held: bool) -> None:
-        """Retain these texts so from now on; None: as any other. ``held``: they are in use, and are let go of
-        later."""
+    def retain(self, texts: Sequence[Text], retention: Retention | None) -> None:
+        """Retain these texts so now, and when they are let go of later; None: as any other."""
         before, self._retention = self._retention, retention
-        if held or self._namespace is None or retention == before is None:
-            return
-        said = (retention.priority, retention.ttl_s) if retention else (0, None)
-        self._apply(texts, *said)
+        if retention is not None:
+            self._apply(texts, retention.priority, retention.ttl_s)
+        elif before is not None:
+            self._apply(texts, 0, None)
 
     def pin(self, texts: Sequence[Text]) -> int:
-        """Pin these texts, and no others; return how many tokens are. Raises ``CapacityError``: all is as it
-        was."""
+        """Pin these texts, and no others; return how many tokens are.
+
+        Raises ``CapacityError``: all is as it was.
+        """
         namespace = self._namespace
         pins = [] if namespace is None else [self._pool.pin(text, namespace) for text in texts]
         before, self._pins, self.is_pinned = self._pins, pins, True

@@ -6,6 +6,7 @@ mod explain;
 mod held;
 mod learn;
 mod open;
+mod pins;
 mod retain;
 mod room;
 mod step;
@@ -14,7 +15,7 @@ mod undo;
 pub use explain::Explanation;
 pub use learn::Adaptive;
 pub use open::OpenOptions;
-pub use retain::PinId;
+pub use pins::PinId;
 
 use crate::error::{Error, Result};
 use crate::ids::{CLASSES, Classes, Namespace, PageId, SequenceId};
@@ -50,7 +51,7 @@ pub struct Pool {
     /// Keys of blocks about to be sealed, and the path of a sequence about to close.
     keys: Vec<u64>,
     path: Vec<PageId>,
-    pins: retain::Pins,
+    pins: pins::Pins,
     /// Pages of each class that users may pin, all texts together.
     most_kept: [u32; CLASSES],
 }
@@ -96,7 +97,7 @@ impl Pool {
             learns_at_once: false,
             keys: Vec::new(),
             path: Vec::new(),
-            pins: retain::Pins::default(),
+            pins: pins::Pins::default(),
             most_kept: classes.0.map(|count| count / 2),
         })
     }

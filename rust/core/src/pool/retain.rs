@@ -1,99 +1,12 @@
 //! What users say of texts: that they are pinned, until when they are wanted, and before which others they leave.
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 
+use super::pins::{Pin, PinId};
 use super::{Pool, check_tokens};
 use crate::error::{Error, Result};
 use crate::ids::{CLASSES, Namespace, NodeId, PageId, SequenceId};
 use crate::retention::Retention;
-
-/// A pin on a text. The generation tells one that ended from the next one in its slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PinId {
-    index: u32,
-    generation: u32,
-}
-
-struct Pin {
-    anchor: NodeId,
-    namespace: Namespace,
-    /// When it ends by itself; 0 is never.
-    expires: u64,
-    /// A user holds it: its pages are counted, and never step down. Else it is a hint, and given up for room.
-    is_users: bool,
-    /// Pages that it keeps from leaving, as of when it was made.
-    num_pages: usize,
-}
-
-/// Pins by id.
-#[derive(Default)]
-pub(super) struct Pins {
-    slots: Vec<(u32, Option<Pin>)>,
-    vacant: Vec<u32>,
-    expiring: BTreeSet<(u64, PinId)>,
-    num_users: usize,
-    /// Pages that hints keep from leaving.
-    hinted: usize,
-}
-
-impl Pins {
-    /// Pins that users hold.
-    pub(super) fn len(&self) -> usize {
-        self.num_users
-    }
-
-    /// Deepest pinned nodes of users' pins, or of the others.
-    pub(super) fn anchors(&self, users: bool) -> impl Iterator<Item = NodeId> + Clone + '_ {
-        let pins = self.slots.iter().filter_map(|(_, pin)| pin.as_ref());
-        pins.filter(move |pin| pin.is_users == users).map(|pin| pin.anchor)
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.slots.capacity() * size_of::<(u32, Option<Pin>)>() + self.vacant.capacity() * size_of::<u32>()
-    }
-
-    fn insert(&mut self, pin: Pin) -> PinId {
-        let index = self.vacant.pop().unwrap_or_else(|| {
-            self.slots.push((0, None));
-            self.slots.len() as u32 - 1
-        });
-        let slot = &mut self.slots[index as usize];
-        let id = PinId { index, generation: slot.0 };
-        if pin.expires > 0 {
-            self.expiring.insert((pin.expires, id));
-        }
-        if pin.is_users {
-            self.num_users += 1
-        } else {
-            self.hinted += pin.num_pages
-        }
-        slot.1 = Some(pin);
-        id
-    }
-
-    fn remove(&mut self, id: PinId) -> Option<Pin> {
-        let slot = self.slots.get_mut(id.index as usize).filter(|slot| slot.0 == id.generation)?;
-        let pin = slot.1.take()?;
-        slot.0 = slot.0.wrapping_add(1);
-        self.vacant.push(id.index);
-        self.expiring.remove(&(pin.expires, id));
-        if pin.is_users {
-            self.num_users -= 1
-        } else {
-            self.hinted -= pin.num_pages
-        }
-        Some(pin)
-    }
-
-    fn of(&self, namespace: Namespace) -> Vec<PinId> {
-        let pins = (0..).zip(&self.slots).filter_map(|(index, (generation, pin))| {
-            let pin = pin.as_ref().filter(|pin| pin.namespace == namespace)?;
-            Some((PinId { index, generation: *generation }, pin))
-        });
-        pins.map(|(id, _)| id).collect()
-    }
-}
 
 impl Pool {
     /// Say how many pages of each class users may pin, as a share of them.
@@ -200,7 +113,7 @@ impl Pool {
         let before = self.tree.num_evictable();
         let anchor = self.tree.anchor(node, matched);
         let num_pages = before - self.tree.num_evictable();
-        if self.pins.hinted + num_pages > most {
+        if self.pins.hinted() + num_pages > most {
             self.tree.unpin_path(anchor);
             return Ok(None);
         }
@@ -219,8 +132,7 @@ impl Pool {
 
     /// True while a pin holds its pages.
     pub fn is_pinned(&self, id: PinId) -> bool {
-        let slot = self.pins.slots.get(id.index as usize);
-        slot.is_some_and(|(generation, pin)| *generation == id.generation && pin.is_some())
+        self.pins.contains(id)
     }
 
     pub(super) fn unpin_all(&mut self, namespace: Namespace) {
@@ -231,13 +143,11 @@ impl Pool {
 
     /// Let end what ends by now: pins first, so that what they held can be the first to leave.
     pub(super) fn expire(&mut self) {
-        if self.pins.expiring.is_empty() && !self.tree.has_expiring() {
+        if !self.pins.has_expiring() && !self.tree.has_expiring() {
             return;
         }
         let now = self.clock.now();
-        while let Some((at, id)) = self.pins.expiring.first().copied()
-            && at <= now
-        {
+        while let Some(id) = self.pins.first_to_end(now) {
             self.unpin(id);
         }
         self.tree.expire(now);

@@ -21,6 +21,7 @@
 //! A leaf counts as far as its pages reach. Tokens beyond them (its child was evicted, or its last
 //! pages are in an open plan) are stale: nobody matches them, and whoever writes there trims them.
 
+mod aside;
 mod check;
 mod cool;
 mod cooling;
@@ -42,10 +43,10 @@ use std::collections::BTreeSet;
 use crate::ids::{Classes, Namespace, NodeId, PageId, STEPS};
 use crate::policy::{Lru, Policy, Recency};
 use crate::retention::Level;
+use aside::Aside;
 use cooling::{Cooled, Cooling};
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
-use retain::Aside;
 pub(crate) use seal::Sealing;
 
 #[derive(Default)]

@@ -8,86 +8,16 @@
 //! Time ends lazily, before anybody is chosen and before anything is used: what is in use at its end, or used
 //! after it, is as any other from then on.
 
-use std::collections::{BTreeMap, BTreeSet};
-
 use super::Tree;
-use super::cooling::{NEXT, Stamp};
+use super::cooling::NEXT;
 use crate::ids::{CLASSES, NodeId};
 use crate::policy::Cause;
 use crate::retention::{Level, Retention};
 
-/// What a node has that most have not.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Extra {
-    /// When its time ends; 0 is never.
-    pub expires: u64,
-    /// At its end it is as any other.
-    pub lapses: bool,
-    /// Users' pins on it or below it, which are among `Node::pins`.
-    pub keeps: u32,
-}
-
-/// All that is known of levels, empty while nobody speaks of any.
-#[derive(Default)]
-pub(super) struct Aside {
-    /// Unpinned leaves that stand aside, by level and age.
-    leaves: BTreeMap<Level, BTreeSet<(Stamp, NodeId)>>,
-    /// By node; shorter than the slab.
-    extras: Vec<Extra>,
-    /// Nodes of the tree whose time ends.
-    expiring: BTreeSet<(u64, NodeId)>,
-    /// Pages that users pin, by class.
-    pub kept: [u32; CLASSES],
-}
-
-impl Aside {
-    pub(super) fn extra(&self, node: NodeId) -> Extra {
-        self.extras.get(node.index()).copied().unwrap_or_default()
-    }
-
-    pub(super) fn extra_mut(&mut self, node: NodeId) -> &mut Extra {
-        if self.extras.len() <= node.index() {
-            self.extras.resize(node.index() + 1, Extra::default());
-        }
-        &mut self.extras[node.index()]
-    }
-
-    pub(super) fn contains(&self, level: Level, stamp: Stamp, node: NodeId) -> bool {
-        self.leaves.get(&level).is_some_and(|leaves| leaves.contains(&(stamp, node)))
-    }
-
-    pub(super) fn num_leaves(&self) -> usize {
-        self.leaves.values().map(BTreeSet::len).sum()
-    }
-
-    pub(super) fn expiring(&self) -> impl ExactSizeIterator<Item = (u64, NodeId)> {
-        self.expiring.iter().copied()
-    }
-
-    /// Bytes owned, a node's entry taken as 1.5.
-    pub(super) fn bytes(&self) -> usize {
-        self.extras.capacity() * size_of::<Extra>()
-            + (self.num_leaves() + self.expiring.len()) * size_of::<(u64, NodeId)>() * 3 / 2
-    }
-
-    fn insert(&mut self, level: Level, stamp: Stamp, node: NodeId) {
-        self.leaves.entry(level).or_default().insert((stamp, node));
-    }
-
-    fn remove(&mut self, level: Level, stamp: Stamp, node: NodeId) {
-        if let Some(leaves) = self.leaves.get_mut(&level)
-            && leaves.remove(&(stamp, node))
-            && leaves.is_empty()
-        {
-            self.leaves.remove(&level);
-        }
-    }
-}
-
 impl Tree {
     /// True when some node's time ends.
     pub(crate) fn has_expiring(&self) -> bool {
-        !self.aside.expiring.is_empty()
+        self.aside.expiring().len() > 0
     }
 
     /// Pages that users pin, by class.
@@ -115,7 +45,7 @@ impl Tree {
         }
         let expires = self.aside.extra(node).expires;
         if expires > 0 {
-            self.aside.expiring.insert((expires, node));
+            self.aside.end_at(expires, node);
         }
     }
 
@@ -160,7 +90,7 @@ impl Tree {
             *self.aside.extra_mut(upper) = extra;
         }
         if extra.expires > 0 {
-            self.aside.expiring.insert((extra.expires, upper));
+            self.aside.end_at(extra.expires, upper);
         }
     }
 
@@ -174,23 +104,19 @@ impl Tree {
     pub(super) fn stop_expiring(&mut self, node: NodeId) {
         let expires = self.aside.extra(node).expires;
         if expires > 0 {
-            self.aside.expiring.remove(&(expires, node));
+            self.aside.end_never(expires, node);
         }
     }
 
     /// The same, for good.
     pub(super) fn forget_retention(&mut self, node: NodeId) {
         self.stop_expiring(node);
-        if let Some(extra) = self.aside.extras.get_mut(node.index()) {
-            *extra = Extra::default();
-        }
+        self.aside.forget(node);
     }
 
     /// Let the time of nodes end that is over at `now`.
     pub(crate) fn expire(&mut self, now: u64) {
-        while let Some((at, node)) = self.aside.expiring.first().copied()
-            && at <= now
-        {
+        while let Some(node) = self.aside.first_to_end(now) {
             let lapses = self.aside.extra(node).lapses;
             let is_used = self.at(node).pins > 0;
             self.set_level(node, if lapses || is_used { Level::USUAL } else { Level::EXPIRED }, 0, false);
@@ -205,7 +131,7 @@ impl Tree {
             (extra.expires, extra.lapses) = (expires, lapses);
         }
         if expires > 0 {
-            self.aside.expiring.insert((expires, node));
+            self.aside.end_at(expires, node);
         }
         if self.at(node).level == level {
             return;
@@ -263,7 +189,7 @@ impl Tree {
 
     /// Who leaves next when something stands aside or may: the lowest leaf of the lowest level.
     pub(super) fn next_of_levels(&mut self, now: u64) -> Option<NodeId> {
-        let lowest = *self.aside.leaves.first_key_value()?.0;
+        let lowest = self.aside.lowest()?;
         if lowest < Level::USUAL {
             return self.lowest_at(lowest, now);
         }
@@ -276,7 +202,7 @@ impl Tree {
         if oldest.is_none() {
             return self.lowest_at(lowest, now);
         }
-        let other = self.aside.leaves.get(&Level::USUAL).and_then(BTreeSet::first).copied();
+        let other = self.aside.first(Level::USUAL);
         self.policy.lowest(now).or(match other {
             Some((stamp, node)) if stamp < self.at(oldest).cooled.stamp => Some(node),
             _ => Some(oldest),
@@ -285,7 +211,7 @@ impl Tree {
 
     fn lowest_at(&mut self, level: Level, now: u64) -> Option<NodeId> {
         let named = if level == Level::USUAL { self.policy.lowest(now) } else { self.policy.lowest_at(level, now) };
-        named.or_else(|| self.aside.leaves.get(&level)?.first().map(|(_, node)| *node))
+        named.or_else(|| self.aside.first(level).map(|(_, node)| node))
     }
 
     /// Why a node leaves, where that is not for the policy to say.
