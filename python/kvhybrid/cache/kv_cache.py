@@ -18,6 +18,7 @@ from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.compress.holders import Holders
 from kvhybrid.cache.explained import ruling
+from kvhybrid.cache.hints import Hints
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
 from kvhybrid.cache.said import SaidOfTexts
@@ -80,7 +81,8 @@ class KVCache(SaidOfTexts):
             self._collector = Collector(self.pool, self.config.gc_threshold, self.storage)
             self.storage.settled = self._collector.look
         self.compressed = Holders()
-        self.storage.make_room = self.compressed.make_room
+        self.hints = Hints(self.pool, self.compressed.make_room)
+        self.storage.make_room = self.hints.make_room
         self._tensors = TensorSessions(self.pool, self.storage, self.config, self.compressed)
         self._cleared_pages = 0
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
@@ -241,6 +243,7 @@ class KVCache(SaidOfTexts):
         ``evicted_ttl_pages`` (their time was over), ``evicted_priority_pages`` (a lower one than the usual)
         and ``evicted_asked_pages``. ``user_pinned_pages`` of at most ``most_user_pinned_pages`` are pinned by
         ``pin``; ``pinned_pages`` are these and those in use.
+        ``hinted_requests`` wait with what they need kept from leaving, ``hints_given_up`` were for room.
         ``gc_failures`` counts its runs in which something raised.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
         ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
@@ -270,6 +273,7 @@ class KVCache(SaidOfTexts):
             **counters,
             **ruling(self.pool),
             **self.compressed.statistics(),
+            **self.hints.statistics(),
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
 

@@ -39,6 +39,16 @@ class SessionRetention:
         self._start: int | None = None
         self._texts: Sequence[Text] = ()
 
+    @property
+    def said(self) -> Retention | None:
+        """As what its texts are retained; None: as any other."""
+        return self._retention
+
+    @property
+    def start(self) -> int | None:
+        """Where the session's own text begins; None before the first."""
+        return self._start
+
     def begin(self, namespace: int, texts: Sequence[Text], found: Sequence[int]) -> None:
         """Note where texts are kept that are being opened, and how much of them was found there."""
         self._namespace = namespace
@@ -89,11 +99,11 @@ class SessionRetention:
         before, self._pins, self.is_pinned = self._pins, [], False
         _release(before)
 
-    def retire(self, texts: Sequence[Text]) -> None:
-        """Say that the session is over: what was retained for it is the first to leave."""
+    def retire(self, texts: Sequence[Text], *, always: bool = False) -> None:
+        """Say that the session is over: what was retained for it, or ``always``, is the first to leave."""
         was_retained = self._retention is not None or self.is_pinned
         self.unpin()
-        if was_retained:
+        if was_retained or always:
             self._retention = None
             self._apply(texts, 0, 0.0)
 
