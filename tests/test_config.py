@@ -49,6 +49,7 @@ WRONG = {
     "gc_threshold": (math.nan, "at most 1"),
     "enable_prefetch": ("perhaps", "true or false"),
     "prefetch_size": (0, "1024"),
+    "max_pinned_share": (0.95, "a number from 0 to 0.9"),
     "pin_memory": ("perhaps", "true or false"),
     "non_blocking": ("perhaps", "true or false"),
     "enable_persistence": ("perhaps", "true or false"),

@@ -4,6 +4,7 @@
 ``victim_alone_us_*`` one a call. ``touch_us``: a block that a text used, when it closes. ``flatness``: a
 victim among 300,000 leaves over one among 10,000. Every leaf is a text of one block, so there are as many
 leaves as pages. The learned order rules throughout (``survival``: no guard); ``lru_*`` is recency.
+``retained_*``: the same pools, every second leaf retained: in five priorities, half of them with a time to live.
 cachetools' LRU, whose evictions choose nothing, stands beside where it is installed.
 """
 
@@ -40,6 +41,12 @@ def store(pool, number):
     sequence = pool.open(text(number))
     Batch(pool, [sequence]).plan(np.array([BLOCK], dtype=np.int32)).commit()
     sequence.close()
+
+
+def retain_half(pool, num_pages):
+    for number in range(0, num_pages, 2):
+        ttl_s = 1e6 if number % 4 else None
+        pool.retain(text(number)[:BLOCK], priority=number // 2 % 5 - 2, ttl_s=ttl_s)
 
 
 def victim_us(pool, count, at_once):
@@ -92,6 +99,10 @@ def main():
             figures[f"{prefix}victim_us_{name}"] = victim_us(pool, size // share, 32)
             figures[f"{prefix}victim_alone_us_{name}"] = victim_us(pool, size // (2 * share), 1)
             figures[f"{prefix}bytes_a_page_{name}"] = pool.bookkeeping_bytes() / size
+        for size, name in [(SMALL, "10k"), (LARGE, "300k")]:
+            pool = filled(size, policy)
+            retain_half(pool, size)
+            figures[f"{prefix}retained_victim_us_{name}"] = victim_us(pool, size // share, 32)
         figures[f"{prefix}flatness"] = figures[f"{prefix}victim_us_300k"] / figures[f"{prefix}victim_us_10k"]
         figures[f"{prefix}touch_us"] = touch_us(policy)
     if (peer := cachetools_us(LARGE, LARGE // share)) is not None:

@@ -21,6 +21,7 @@ __all__ = [
     "PageCodec",
     "PageKernel",
     "PagePool",
+    "Pin",
     "Plan",
     "Replay",
     "Sequence",
@@ -112,6 +113,11 @@ class Sequence:
     def freeze(self, length: int) -> None:
         """Say that the first ``length`` tokens are written: pages of whole blocks of them may be quantized
         though they are never sealed (``share=False``). For what was committed with ``written=False``."""
+    def retain(
+        self, priority: int = 0, ttl_s: float | None = None, *, lapses: bool = False, start: int = 0
+    ) -> None:
+        """Say as what the text is retained once this closes, from position ``start`` on: see
+        ``PagePool.retain``. What lies before ``start`` is others', too, and retained for no less."""
     def truncate(self, length: int) -> None:
         """Drop every token from position ``length`` on, pending ones included."""
     def close(self) -> None:
@@ -294,6 +300,19 @@ class PageKernel:
         """
 
 @final
+class Pin:
+    """A cached text that neither leaves nor steps down. Dropping the handle lets go of it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Leading tokens of the text that were cached when it was pinned: so many it holds."""
+    @property
+    def is_held(self) -> bool:
+        """False once it was released, its time is over, or its namespace was dropped."""
+    def release(self) -> None:
+        """Let go. Idempotent."""
+
+@final
 class PagePool:
     """Pages of ``block_size`` tokens, the prefix tree over them, and who must leave first."""
 
@@ -307,6 +326,7 @@ class PagePool:
         keep_tails: bool = True,
         policy: str = "lru",
         seed: int | None = None,
+        max_pinned_share: float = 0.5,
     ) -> PagePool:
         """``num_pages`` pages of full precision, ids from 0 on, and ``num_quantized`` behind them, which
         take whole blocks that are cold (``Plan.demotions``) when the others are short; the last
@@ -317,7 +337,8 @@ class PagePool:
         ``policy``: ``lru``, of which ``paged`` is another name, or ``adaptive``, which
         learns what is wanted again. It does so in a thread of its
         own, now and then; ``seed`` chooses which blocks it samples. ``survival``, to compare, is the same
-        without the guard that sets recency back in."""
+        without the guard that sets recency back in. ``max_pinned_share``: of the pages of each class, those
+        that ``pin`` may hold."""
     @property
     def num_pages(self) -> int:
         """Pages of all classes."""
@@ -345,6 +366,35 @@ class PagePool:
         that ends inside a block reuses that page by copy on write. ``reuse=False`` matches nothing;
         ``share=False`` never seals: the pages stay private.
         """
+    def retain(
+        self,
+        tokens: _Tokens,
+        namespace: int = 0,
+        *,
+        start: int = 0,
+        stop: int | None = None,
+        priority: int = 0,
+        ttl_s: float | None = None,
+        lapses: bool = False,
+    ) -> int:
+        """Have ``tokens[start:stop]``, as far as they are cached, in whole blocks, leave before or after
+        others.
+
+        Lower priorities (-100 to 100, 0 the usual one) leave before higher ones. With ``ttl_s`` they leave
+        after all else of their priority until it is over, and then before everything; with ``lapses`` they
+        are then as any other. What stands before them stays as long as they do. Replaces what was said of
+        them before, and counts as a use. Returns how many leading tokens are cached and end the range, or lie
+        before it.
+        """
+    def pin(self, tokens: _Tokens, namespace: int = 0, *, ttl_s: float | None = None) -> Pin:
+        """Pin a text as far as it is cached, until the handle is released, or for ``ttl_s`` seconds.
+
+        Raises ``CapacityError`` with the numbers when users would pin more than they may.
+        """
+    def hint(self, tokens: _Tokens, namespace: int = 0, *, most_pages: int) -> Pin | None:
+        """Keep a text from leaving for somebody who waits for it; None when nothing of it is cached, or hints
+        would keep more than ``most_pages`` pages from leaving. Users' pins are not among these, nor bounded
+        by it."""
     def demote(self, num_pages: int) -> Plan:
         """Plan a step of no rows that takes up to ``num_pages`` pages of full precision from the coldest that
         nobody holds. Fill it, write ``demotions``, say ``moved``, and abandon it: the pages are free."""
@@ -356,8 +406,8 @@ class PagePool:
         """Return why a text is not found, or not all of it. Changes nothing.
 
         ``cached`` leading tokens; ``evicted``, how many behind them were cached and left, as far as that is
-        remembered; ``unseen``, the rest; ``evicted_by``: ``lru``, ``survival`` or ``asked``, and
-        ``evicted_s_ago``, both None when none was."""
+        remembered; ``unseen``, the rest; ``evicted_by``: ``lru``, ``survival``, ``ttl``, ``priority`` or
+        ``asked``, and ``evicted_s_ago``, both None when none was."""
     def set_time(self, microseconds: int) -> None:
         """Stop following the machine's clock: it is this late until set again. Learning is then done at
         once, so that every run is the same."""
@@ -371,7 +421,10 @@ class PagePool:
         ``evictable_pages``, ``sequences``, ``nodes``, ``opens``, ``queried_tokens``, ``cached_tokens``,
         ``evicted_pages``, ``sealed_total``, ``duplicate_pages``, ``copied_pages``, ``demoted_pages``,
         ``refused_pages``, ``plans``, ``abandoned_plans``, ``returned_pages`` (they entered the tree again
-        after they had been evicted), ``ghosts`` (evicted blocks whose ids are remembered)."""
+        after they had been evicted), ``ghosts`` (evicted blocks whose ids are remembered); ``user_pins``,
+        ``user_pinned_pages`` of ``most_user_pinned_pages``; and by why they left ``evicted_lru_pages``,
+        ``evicted_survival_pages``, ``evicted_ttl_pages``, ``evicted_priority_pages``,
+        ``evicted_asked_pages``."""
     def bookkeeping_bytes(self) -> int:
         """Return the bytes that the bookkeeping owns, token ids not counted. Walks the tree: not for
         the request path."""

@@ -171,6 +171,9 @@ class KVCacheConfig(BaseSettings):
     prefetch_size: Annotated[int, Number, Field(ge=1, le=1024)] = 4
     """Most pages brought up at once."""
 
+    max_pinned_share: Annotated[float, Number, Field(ge=0, le=0.9), Allowed("a number from 0 to 0.9")] = 0.5
+    """The fraction of the budget that users may pin, of each kind of pages: the rest is for what runs."""
+
     pin_memory: bool = False
     """Pinned host buffers. Without CUDA: ignored, with one warning."""
 

@@ -58,6 +58,7 @@ class ConfigValues(TypedDict, total=False):
     gc_threshold: float
     enable_prefetch: bool
     prefetch_size: int
+    max_pinned_share: float
     pin_memory: bool
     non_blocking: bool
     enable_persistence: bool

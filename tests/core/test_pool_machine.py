@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvhybrid._core import Batch, CapacityError, PagePool, TokenBuffer
 
 if TYPE_CHECKING:
-    from kvhybrid._core import Plan, Sequence
+    from kvhybrid._core import Pin, Plan, Sequence
 
 # Ways in which tokens come over the boundary.
 WAYS = {
@@ -37,6 +37,14 @@ texts = st.lists(st.integers(0, 1), max_size=24)
 usually = st.integers(0, 9).map(lambda n: n < 9)
 ways = st.sampled_from(sorted(WAYS))
 namespaces = st.integers(0, 1)
+sayings = st.fixed_dictionaries(
+    {},
+    optional={
+        "priority": st.integers(-2, 2),
+        "ttl_s": st.none() | st.sampled_from([0, 1e-5, 3e-5, 1]),
+        "lapses": st.booleans(),
+    },
+)
 some_rows = st.lists(some, min_size=1, max_size=4)
 some_counts = st.none() | st.lists(st.integers(0, 11), min_size=4, max_size=4)
 
@@ -81,14 +89,23 @@ class PoolMachine(RuleBasedStateMachine):
         # Digests of every prefix that was ever stored, and of those that may have been.
         self.stored: set[int] = set()
         self.perhaps: set[int] = set()
+        self.pins: list[tuple[Pin, int, np.ndarray]] = []
+        self.hints: list[tuple[Pin, int, np.ndarray]] = []
+        self.now = 1
         self.counted = dict.fromkeys(
             ("opens", "queried_tokens", "cached_tokens", "plans", "abandoned_plans", "copied_pages"), 0
         )
 
-    @initialize(pages=st.integers(1, 24), block=st.sampled_from([1, 2, 4, 16]), keep_tails=st.booleans())
-    def make(self, pages, block, keep_tails):
+    @initialize(
+        pages=st.integers(1, 24),
+        block=st.sampled_from([1, 2, 4, 16]),
+        keep_tails=st.booleans(),
+        policy=st.sampled_from(["lru", "survival"]),
+    )
+    def make(self, pages, block, keep_tails, policy):
         pages = 4096 if self.roomy else pages
-        self.pool = PagePool(pages, block, keep_tails=keep_tails)
+        self.pool = PagePool(pages, block, keep_tails=keep_tails, policy=policy, seed=0)
+        self.pool.set_time(self.now)
         self.block = block
         self.keep_tails = keep_tails
         self.memory = np.zeros(pages * block, np.int64)
@@ -226,6 +243,65 @@ class PoolMachine(RuleBasedStateMachine):
         of_it = [text for text in self.texts if text.namespace == namespace]
         if all(text.closed and not text.planned for text in of_it):
             assert all(self.pool.match(text.buffer, namespace) == 0 for text in of_it)
+
+    @rule(of=some, ends=st.tuples(st.integers(0, 40), st.integers(0, 40)), said=sayings)
+    def retain(self, of, ends, said):
+        if (text := self.pick(of)) is None:
+            return
+        start, stop = min(ends), max(ends)
+        if start > min(stop, len(text.tokens)):
+            with pytest.raises(ValueError, match=f"start={start} lies behind"):
+                self.pool.retain(text.buffer, text.namespace, start=start, stop=stop, **said)
+            return
+        known = self.pool.match(np.array(text.tokens[:stop], np.int32), text.namespace)
+        reached = self.pool.retain(text.buffer, text.namespace, start=start, stop=stop, **said)
+        assert known - self.block < reached <= known
+
+    @rule(of=some, start=st.integers(0, 40), said=sayings)
+    def retain_once_closed(self, of, start, said):
+        if (text := self.pick(of)) is not None:
+            text.handle.retain(start=start, **said)
+
+    @rule(of=some, ttl_s=st.none() | st.sampled_from([0, 1e-5, 1]))
+    def pin(self, of, ttl_s):
+        if (text := self.pick(of)) is None:
+            return
+        known = self.pool.match(text.buffer, text.namespace)
+        try:
+            pin = self.pool.pin(text.buffer, text.namespace, ttl_s=ttl_s)
+        except CapacityError as error:
+            needed, pinned, most, total = map(int, re.findall(r"\d+", str(error)))
+            assert pinned + needed > most
+            assert total == self.pool.num_pages
+        else:
+            assert pin.num_tokens == known
+            self.pins.append((pin, text.namespace, np.array(text.tokens[:known], np.int32)))
+
+    @rule(of=some, namespace=namespaces, drop=st.booleans())
+    def unpin(self, of, namespace, drop):
+        if self.pins:
+            pin, *_ = self.pins.pop(of % len(self.pins))
+            if not drop:
+                pin.release()
+                assert not pin.is_held
+
+    @rule(of=some)
+    def hint(self, of):
+        if (text := self.pick(of)) is None:
+            return
+        known = self.pool.match(text.buffer, text.namespace)
+        most = self.pool.num_pages // 4
+        if (pin := self.pool.hint(text.buffer, text.namespace, most_pages=most)) is not None:
+            self.hints.append((pin, text.namespace, np.array(text.tokens[:known], np.int32)))
+
+    @rule()
+    def forget_hints(self):
+        self.hints.clear()
+
+    @rule(microseconds=st.integers(1, 30))
+    def wait(self, microseconds):
+        self.now += microseconds
+        self.pool.set_time(self.now)
 
     @rule(namespace=namespaces, tokens=texts, way=ways)
     def look(self, namespace, tokens, way):
@@ -392,6 +468,20 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.counted.items() <= now.items()
 
     @invariant()
+    def what_is_pinned_stays(self):
+        for pin, namespace, tokens in self.pins:
+            if pin.is_held:
+                assert self.pool.match(tokens, namespace) == len(tokens)
+        for hint, namespace, tokens in self.hints:
+            if hint.is_held:
+                assert self.pool.match(tokens, namespace) == len(tokens)
+        now = self.pool.statistics()
+        assert now["user_pins"] == sum(pin.is_held for pin, *_ in self.pins)
+        assert now["user_pinned_pages"] <= min(now["pinned_pages"], now["most_user_pinned_pages"])
+        causes = ("lru", "survival", "ttl", "priority", "asked")
+        assert sum(now[f"evicted_{cause}_pages"] for cause in causes) == now["evicted_pages"]
+
+    @invariant()
     def every_slot_holds_what_was_written(self):
         for text in self.texts:
             if text.closed:
@@ -448,6 +538,8 @@ class PoolMachine(RuleBasedStateMachine):
                 self.let_go(text, drop=True)
         for step in [*self.steps]:
             self.undo(step, drop=True)
+        self.pins.clear()
+        self.hints.clear()
         self.pool.check()
         now = self.pool.statistics()
         assert (now["sequences"], now["mutable_pages"], now["pinned_pages"]) == (0, 0, 0)

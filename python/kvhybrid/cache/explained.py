@@ -23,7 +23,9 @@ class Explanation:
     unseen: int
     """The rest: computed for nobody yet, or so long ago that it is forgotten."""
     evicted_by: str | None
-    """``lru`` or ``survival`` when room was needed, ``asked`` when cleared; None when nothing was evicted."""
+    """``lru`` or ``survival`` when room was needed, by who ruled; ``ttl`` when its time was over,
+    ``priority`` when that was lower than the usual one; ``asked`` when cleared; None when nothing was
+    evicted."""
     evicted_s_ago: float | None
     """How long ago the first of the evicted blocks left."""
 

@@ -17,9 +17,11 @@ from kvhybrid._core import PagePool
 from kvhybrid.cache.budget import make_storage
 from kvhybrid.cache.collector import Collector
 from kvhybrid.cache.compress.holders import Holders
-from kvhybrid.cache.explained import Explanation, explain, ruling
+from kvhybrid.cache.explained import ruling
+from kvhybrid.cache.hints import Hints
 from kvhybrid.cache.measured import measure_layers
 from kvhybrid.cache.process_kv import TensorSessions, check_name
+from kvhybrid.cache.said import SaidOfTexts
 from kvhybrid.cache.stored import stored
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import ClosedError, LayoutError, UnsupportedError
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvhybrid.cache.process_kv import SliceMetadata
-    from kvhybrid.cache.step import Tokens
 
 
 class Session(Protocol):
@@ -41,7 +42,7 @@ class Session(Protocol):
         """Give the pages back; the session's tokens are forgotten."""
 
 
-class KVCache:
+class KVCache(SaidOfTexts):
     """K and V of many texts in pages, shared by prefix, within a budget.
 
     ``layout`` says how wide a token is; ``config`` how many there is room for. ``device`` is where the
@@ -73,13 +74,15 @@ class KVCache:
             num_quantized=self.storage.num_quantized,
             num_lowest=self.storage.records[1].num_pages if len(self.storage.records) > 1 else 0,
             policy=self.config.cache_strategy.value,
+            max_pinned_share=self.config.max_pinned_share,
         )
         self._collector: Collector | None = None
         if self.config.enable_gc:
             self._collector = Collector(self.pool, self.config.gc_threshold, self.storage)
             self.storage.settled = self._collector.look
         self.compressed = Holders()
-        self.storage.make_room = self.compressed.make_room
+        self.hints = Hints(self.pool, self.compressed.make_room)
+        self.storage.make_room = self.hints.make_room
         self._tensors = TensorSessions(self.pool, self.storage, self.config, self.compressed)
         self._cleared_pages = 0
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
@@ -156,7 +159,8 @@ class KVCache:
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
         """Forget a session, a model's or ``process_kv``'s or both of that name. True if it was known.
 
-        What a model computed stays cached until it is evicted; what came as tensors is gone.
+        What a model computed stays cached until it is evicted, what the session had retained before all else;
+        what came as tensors is gone.
         """
         with self._lock:
             session = self._sessions.pop((tenant, session_id), None)
@@ -235,6 +239,11 @@ class KVCache:
         step down, ``demoted_to_int8_pages`` and ``demoted_to_int4_pages``. ``capacity_bytes`` is within
         ``max_memory_mb``; ``buffer_bytes`` is held beside it while texts run. Of ``evicted_pages``,
         ``gc_evicted_pages`` left in the background and ``cleared_pages`` by ``clear``; most others made room.
+        By why they were chosen: ``evicted_lru_pages``, ``evicted_survival_pages`` (the learned order),
+        ``evicted_ttl_pages`` (their time was over), ``evicted_priority_pages`` (a lower one than the usual)
+        and ``evicted_asked_pages``. ``user_pinned_pages`` of at most ``most_user_pinned_pages`` are pinned by
+        ``pin``; ``pinned_pages`` are these and those in use.
+        ``hinted_requests`` wait with what they need kept from leaving, ``hints_given_up`` were for room.
         ``gc_failures`` counts its runs in which something raised.
         ``compressions`` removed ``removed_tokens`` from sessions; ``skipped_compressions`` found no room,
         ``undone_compressions`` gave theirs back when others needed it. With the strategy ADAPTIVE
@@ -264,21 +273,9 @@ class KVCache:
             **counters,
             **ruling(self.pool),
             **self.compressed.statistics(),
+            **self.hints.statistics(),
             **(self.storage.states.statistics() if self.storage.states is not None else {}),
         }
-
-    def explain(self, tokens: Tokens, *, tenant: str = "default") -> Explanation:
-        """Say why a text is not found, or not all of it. Changes nothing.
-
-        ``tokens``: int32 or int64, of one dimension. Of several models over one cache, the one that knows
-        most of the text counts. Raises ``ValueError`` for what are no token ids.
-        """
-        tenant = tenant if self.config.tenant_isolation else ""
-        with self._lock:
-            numbers = [
-                number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)
-            ]
-        return explain(self.pool, tokens, numbers)
 
     def give_up(self, tokens: int) -> None:
         """Count ``tokens`` that were found cached, but behind where every row of a batch can go on from."""

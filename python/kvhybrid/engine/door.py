@@ -40,6 +40,8 @@ class Prompt:
     """What they were rendered from."""
     held: Held | None = None
     """Where its conversation's compressed text lies between turns."""
+    own_from: int | None = None
+    """From where on it is its conversation's own; None: from what is found cached on."""
 
 
 class Door:

@@ -19,6 +19,7 @@ from kvhybrid.engine.statistics import Statistics
 from kvhybrid.errors import ClosedError
 
 if TYPE_CHECKING:
+    from kvhybrid.cache.hints import Hints
     from kvhybrid.engine.lane import Lane, Outcome
     from kvhybrid.engine.recorder import Recorder
     from kvhybrid.engine.running import Running
@@ -34,7 +35,7 @@ PATIENCE_S = 30.0
 class Driver:
     """Drives ``lane``. ``max_running``: most rows at once; may be changed while it runs."""
 
-    def __init__(self, lane: Lane, scheduler: Scheduler, max_running: int) -> None:
+    def __init__(self, lane: Lane, scheduler: Scheduler, max_running: int, hints: Hints) -> None:
         self.max_running = max_running
         self.statistics = Statistics()
         self.recorder: Recorder | None = None
@@ -42,6 +43,7 @@ class Driver:
         self.has_ended = anyio.Event()
         self._lane = lane
         self._scheduler = scheduler
+        self._hints = hints
         self._tickets: dict[int, Ticket] = {}
         self._work: SimpleQueue[list[Running] | None] = SimpleQueue()  # for the thread; None ends it
         self._outcome: Outcome | None = None
@@ -93,8 +95,10 @@ class Driver:
 
     def submit(self, ticket: Ticket) -> None:
         """Queue a request."""
-        self._tickets[ticket.running.key] = ticket
-        self._scheduler.push([ticket.running])
+        running = ticket.running
+        self._tickets[running.key] = ticket
+        self._hints.hold(running.key, running.tokens, running.namespace)
+        self._scheduler.push([running])
         self.statistics.requests += 1
         self._wake.set()
 
@@ -139,6 +143,7 @@ class Driver:
                 self.statistics.latency.add(ticket.latency_ms)
         for running, error in outcome.failed:
             self.statistics.failed += 1
+            self._hints.drop(running.key)
             self._tickets.pop(running.key).fail(error)
         for running in outcome.left:
             self._leave(running)
@@ -160,6 +165,7 @@ class Driver:
 
     def _leave(self, running: Running) -> None:
         self.statistics.cancelled += 1
+        self._hints.drop(running.key)
         self._tickets.pop(running.key).leave()
 
     def _count(self, outcome: Outcome, milliseconds: float) -> None:
@@ -180,6 +186,7 @@ class Driver:
         tickets, self._tickets = self._tickets, {}
         for ticket in tickets.values():
             ticket.running.close()
+            self._hints.drop(ticket.running.key)
             ticket.fail(ClosedError("the engine was closed before the request was done"))
         self.has_ended.set()
 

@@ -117,7 +117,7 @@ class KVEngine:
         self._was_entered = True
         self._runner = Runner(self.model, self.cache.storage, self.packing)
         lane = Lane(self._runner, self.cache, self._prefill_tokens)
-        self._driver = Driver(lane, self._scheduler, self.cache.config.num_workers)
+        self._driver = Driver(lane, self._scheduler, self.cache.config.num_workers, self.cache.hints)
         self._intake = Intake(self._door, self._scheduler, self._driver, self.cache)
         self._tasks = await anyio.create_task_group().__aenter__()
         self._tasks.start_soon(self._driver.run, name="kvhybrid lane")
@@ -176,15 +176,19 @@ class KVEngine:
         key = (tenant, session_id)
         if key not in self._sessions:
             held = Held(self.cache, self._compression) if self._compression.kept < 1.0 else None
-            self._sessions[key] = Session(session_id, tenant, intake, held)
+            self._sessions[key] = Session(session_id, tenant, intake, self.cache, held)
         return self._sessions[key]
 
     def drop_session(self, session_id: str = "default", *, tenant: str = "default") -> bool:
-        """Forget a conversation; its pages stay cached until they are evicted. True if it was known."""
+        """Forget a conversation. True if it was known.
+
+        Its pages stay cached until they are evicted, those that are nobody else's before all others.
+        """
         self._serving()
         session = self._sessions.pop((tenant, session_id), None)
         if session is not None:
             session.let_go()
+            session.retire()
         return session is not None
 
     @property

@@ -56,6 +56,7 @@ class Lane:
         self._runner = runner
         self._pool = cache.pool
         self._storage = cache.storage
+        self._hints = cache.hints
         self._budget = budget
         self._is_exact = cache.config.reproducible  # forward passes are cut where the rows say
         self._batch = Batch(cache.pool)
@@ -115,6 +116,7 @@ class Lane:
                 assert row.sequence is not None
                 self._batch.add(row.sequence)
                 self.rows.append(row)
+                self._hints.drop(row.key)
             else:
                 # Whoever comes behind waits too: a large request must not starve.
                 self._full = True

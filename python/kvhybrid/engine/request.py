@@ -12,6 +12,8 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from kvhybrid.cache.retention import MOST_PRIORITY, Retention
+from kvhybrid.engine.expectations import Expectation
 from kvhybrid.errors import InvalidRequestError
 
 __all__ = ["MAX_NEW_TOKENS", "Request", "check_names"]
@@ -33,6 +35,10 @@ ALLOWED: Final = {
     "stop": f"a non-empty string, or 1 to {MAX_STOPS} of them",
     "priority": f"a whole number from {-(2**31)} to {2**31 - 1}",
     "deadline": "a finite number of seconds above 0",
+    "retention": (
+        f"a mapping of priority (a whole number from {-MOST_PRIORITY} to {MOST_PRIORITY}) and ttl_s (seconds)"
+    ),
+    "expects": f"one of {', '.join(Expectation)}",
 }
 _short = Repr()
 _short.maxstring = _short.maxother = 60
@@ -47,6 +53,19 @@ def _message(value: object) -> object:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise ValueError("no message")  # noqa: TRY004  # pydantic collects ValueError only
     return dict(value)
+
+
+def _retention(value: object) -> object:
+    if isinstance(value, Mapping):
+        try:
+            return Retention(**value)
+        except TypeError as error:  # another key, which pydantic would let through as our own defect
+            raise ValueError(str(error)) from None
+    return value
+
+
+def _expectation(value: object) -> object:
+    return Expectation(value) if isinstance(value, str) else value
 
 
 def _token_ids(value: object) -> object:
@@ -106,6 +125,14 @@ class Request(BaseModel):
 
     deadline: Annotated[float, Field(gt=0)] | None = None
     """Seconds from now after which ``TimeoutError`` is raised."""
+
+    retention: Annotated[Retention, BeforeValidator(_retention)] | None = None
+    """How long its text is wanted once it is answered: ``priority`` (lower ones leave first) and ``ttl_s``,
+    as ``KVCache.retain`` takes them. What others computed before never leaves earlier for it. None: a
+    session's own, or as any other."""
+
+    expects: Annotated[Expectation, BeforeValidator(_expectation)] | None = None
+    """What comes next: ``tool_result``, soon; ``user``, sometime; ``nothing``: it is over."""
 
     @classmethod
     def parse(cls, value: Mapping[str, Any] | Request) -> Self | Request:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from kvhybrid.engine.expectations import said_at_end
 from kvhybrid.engine.text import Detokenizer, Piece
 from kvhybrid.errors import KVHybridError
 from kvhybrid.model.compressed import WHOLE
@@ -75,7 +76,7 @@ class Running:
         self.cancelled = False
         self.first_token_at = math.nan
         self._grid = grid
-        self._namespace = namespace
+        self.namespace = namespace
         self._end_ids = end_ids
 
     def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
@@ -85,7 +86,7 @@ class Running:
         if held is not None and (taken := held.take(self.span(0, len(self.tokens)))) is not None:
             self.front = taken.front
             return self._opened(taken.sequence, len(taken.text))
-        sequence = pool.open(self.tokens, self._namespace, align=max(align, self._grid))
+        sequence = pool.open(self.tokens, self.namespace, align=max(align, self._grid))
         if self._grid:
             prompt, known = self.num_prompt_tokens, len(self.tokens)
             # What was generated may be cached as part of another prompt, computed in another way.
@@ -121,6 +122,9 @@ class Running:
 
     def finish(self) -> None:
         """Give the pages back behind the last token; a conversation's text is compressed, and held."""
+        if self.sequence is not None and (said := said_at_end(self.request)) is not None:
+            own_from = self.prompt.own_from
+            said.of(self.sequence, start=self.cached_tokens if own_from is None else own_from)
         if self.prompt.held is None:
             self.close()
         elif (computed := self._let_go()) is not None:
@@ -141,7 +145,7 @@ class Running:
 
     def match(self, pool: PagePool) -> int:
         """Return how many tokens ``open`` would find cached."""
-        return min(pool.match(self.tokens, self._namespace), len(self.tokens) - 1)
+        return min(pool.match(self.tokens, self.namespace), len(self.tokens) - 1)
 
     def span(self, start: int, stop: int) -> npt.NDArray[np.uint32]:
         """Return the tokens of positions ``[start, stop)``."""

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvhybrid._core import TokenBuffer
 from kvhybrid.engine.request import Request
+from kvhybrid.engine.retained import RetainedConversation
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.engine.door import Prompt
     from kvhybrid.engine.held import Held
     from kvhybrid.engine.intake import Intake
@@ -33,7 +35,7 @@ __all__ = ["Session"]
 ANSWER: Final = "[kvhybrid answer]"
 
 
-class Session:
+class Session(RetainedConversation):
     """One conversation of one tenant. Turns follow one another; made by ``KVEngine.session``.
 
     With a chat template a string is a user's message and each turn appends what the template renders
@@ -41,8 +43,11 @@ class Session:
     happened.
     """
 
-    def __init__(self, session_id: str, tenant: str, intake: Intake, held: Held | None = None) -> None:
+    def __init__(
+        self, session_id: str, tenant: str, intake: Intake, cache: KVCache, held: Held | None = None
+    ) -> None:
         """``held``: takes and keeps the conversation's compressed pages; None where it is not compressed."""
+        super().__init__(cache, tenant, is_compressed=held is not None)
         self.id = session_id
         self.tenant = tenant
         self.num_turns = 0
@@ -97,6 +102,8 @@ class Session:
             fields = {"text": prompt}
         else:
             fields = {"messages": list(prompt)}
+        if self._retention.said is not None:
+            fields["retention"] = self._retention.said
         request = Request.parse({**fields, **own, **parameters})
         self._is_busy = True
         return request
@@ -117,6 +124,7 @@ class Session:
         self._rendered = running.prompt.text or ""
         self._messages += [*(request.messages or ()), {"role": "assistant", "content": ANSWER}]
         self.num_turns += 1
+        self._end_turn(running.cached_tokens)
 
     def _prepare(self, request: Request) -> Prompt:
         """Return the conversation with the new turn behind it. Runs in the door's thread."""
@@ -129,7 +137,7 @@ class Session:
             rendered = door.render([*self._messages, *request.messages])
             added = door.encode(self._what_is_new(rendered), special=False)
         tokens.append(added)
-        return replace(door.fit(tokens, request, rendered), held=self._held)
+        return replace(door.fit(tokens, request, rendered), held=self._held, own_from=self._retention.start)
 
     def let_go(self) -> None:
         """Give back what is held between turns. Its turns, if more follow, begin with a whole text."""

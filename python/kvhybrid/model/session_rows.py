@@ -21,6 +21,7 @@ from kvhybrid.model.padding import has_padding, read_ids, read_padding
 from kvhybrid.model.passes import bounded
 from kvhybrid.model.released import NOTHING, Released
 from kvhybrid.model.rows import Fed, Rows
+from kvhybrid.model.session_retention import SessionRetention
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,7 @@ class SessionRows:
         self.grid = Grid(grid)
         self.states = states
         self.observed = observed
+        self.retention = SessionRetention(cache.pool)
         self._weights = weights
         self.vocab_size = vocab_size
         self._mixes_rows = mixes_rows
@@ -175,6 +177,7 @@ class SessionRows:
             old.close()
         self.grid.begin(rows.columns)
         self.cached = [row.length for row in rows.sequences]
+        self.retention.begin(namespace, texts, self.cached)
         self.reader.forget(0)
         return rows
 
@@ -386,8 +389,10 @@ class SessionRows:
     def _let_go(self) -> None:
         if self.rows is not None:
             released = self.text()
+            self.retention.let_go(self.rows.sequences)
             self._drop_rows()
             self._released = released
+            self.retention.rest(released.texts)
 
     def _drop_rows(self) -> None:
         rows, self.rows = self.rows, None
@@ -409,6 +414,7 @@ class SessionRows:
             self.observed.forget()
         self._drop_rows()
         self._released = NOTHING
+        self.retention.forget()
 
     def restore(self, text: Released) -> None:
         """Take a text in place of the session's own; its pages are looked for by whoever goes on."""
@@ -465,6 +471,7 @@ class SessionRows:
         if other.rows is not None and other.rows.is_compressed:
             other.cache.compressed.rest(other)
         other.grid.follow(self.grid)
+        other.retention.follow(self.retention)
         other._weights.follow(self._weights)
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 
 from kvhybrid.cache.slices import whole_number
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
+from kvhybrid.model.retained_session import RetainedSession
 from kvhybrid.model.session_compression import compress
 from kvhybrid.model.session_export import export, import_into
 from kvhybrid.model.versions import columns_fed, columns_kept
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from kvhybrid.presets import CompressionScorer
 
 
-class PagedSession(Cache):
+class PagedSession(RetainedSession, Cache):
     """One conversation, or one batch of them, as ``past_key_values``.
 
     Made by ``KVCache.session``. Continues with whatever prompt it is given: what that prompt shares
@@ -59,7 +60,8 @@ class PagedSession(Cache):
         self._compression = compression
 
     def close(self) -> None:
-        """Release the pages for good. Idempotent."""
+        """Release the pages for good; what was retained for them is wanted no more. Idempotent."""
+        self.rows.owner.try_alone(self._retire)
         self.rows.close()
 
     @contextmanager
@@ -131,6 +133,8 @@ class PagedSession(Cache):
         share, which = self._compression.asked(kept, removed, scorer)
         with self._open():
             self._compression.check(which)
+            if self.is_pinned:
+                raise InvalidRequestError("a pinned session cannot be compressed: call unpin() first")
             self.rows.take_pages()
             return compress(self.rows, share, which)
 

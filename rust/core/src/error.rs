@@ -20,6 +20,17 @@ pub enum Error {
         /// Pages of the pool.
         total: usize,
     },
+    /// Users would pin more pages than they may.
+    Pinned {
+        /// Pages of a class that are not pinned yet and would have to be.
+        needed: usize,
+        /// Pages of it that they pin.
+        pinned: usize,
+        /// Pages of it that they may pin.
+        most: usize,
+        /// Pages of it.
+        total: usize,
+    },
     /// The sequence was closed.
     Closed,
     /// The sequence in this row of a batch was closed.
@@ -48,6 +59,9 @@ impl fmt::Display for Error {
         match self {
             Self::Capacity { needed, free, evictable, total } => {
                 write!(f, "needs {needed} pages, {free} free, {evictable} evictable of {total}")
+            }
+            Self::Pinned { needed, pinned, most, total } => {
+                write!(f, "needs {needed} pages to pin, {pinned} pinned of at most {most} of {total}")
             }
             Self::Closed => f.write_str("the sequence is closed"),
             Self::ClosedRow(row) => write!(f, "the sequence in row {row} is closed"),

@@ -3,6 +3,7 @@
 use crate::error::{Error, Result, SequenceLabel};
 use crate::ids::{NodeId, PageId, STEPS, SequenceId};
 use crate::policy::Turn;
+use crate::retention::Retention;
 
 /// Capacity that a closed sequence's vectors may keep for the next one in its slot.
 const KEPT_CAPACITY: usize = 1 << 14;
@@ -38,6 +39,8 @@ pub(crate) struct Sequence {
     pub prompt: u32,
     /// Lengths that it stands for, where they are not its own: in replays.
     pub turn: Option<Turn>,
+    /// As what its text is to be retained once it closes, and from which position on.
+    pub retention: Option<(Retention, usize)>,
     /// In an open plan.
     pub planned: bool,
     /// Closed while in an open plan: leaves when that is finished.

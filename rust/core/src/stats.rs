@@ -1,5 +1,7 @@
 //! Counters, kept as things happen, so that asking is free.
 
+use crate::policy::Cause;
+
 /// What only ever grows.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Totals {
@@ -16,6 +18,8 @@ pub(crate) struct Totals {
     pub plans: u64,
     pub abandoned_plans: u64,
     pub returned_pages: u64,
+    /// Pages evicted, by `Cause`.
+    pub evicted_by: [u64; Cause::ALL.len()],
 }
 
 macro_rules! statistics {
@@ -91,4 +95,20 @@ statistics! {
     returned_pages,
     /// Evicted blocks whose ids are remembered.
     ghosts,
+    /// Pins that users hold.
+    user_pins,
+    /// Pages that they hold.
+    user_pinned_pages,
+    /// Pages that they may hold.
+    most_user_pinned_pages,
+    /// Of the pages evicted, those that were the least recently used when room was needed.
+    evicted_lru_pages,
+    /// Those that were the least likely to be wanted soon.
+    evicted_survival_pages,
+    /// Those whose time was over.
+    evicted_ttl_pages,
+    /// Those that were of a lower priority than the usual one.
+    evicted_priority_pages,
+    /// Those that were asked to leave.
+    evicted_asked_pages,
 }

@@ -22,7 +22,7 @@ create_exception!(
 /// The core's error as an exception. A function, for neither type is ours to implement `From` on.
 pub fn raised(error: Error) -> PyErr {
     match error {
-        Error::Capacity { .. } => CapacityError::new_err(error.to_string()),
+        Error::Capacity { .. } | Error::Pinned { .. } => CapacityError::new_err(error.to_string()),
         Error::Closed | Error::ClosedRow(_) => ClosedError::new_err(error.to_string()),
         Error::Broken(what) => PyAssertionError::new_err(what),
         _ => PyValueError::new_err(error.to_string()),

@@ -10,9 +10,11 @@ mod buffers;
 mod codec;
 mod errors;
 mod held;
+mod pin;
 mod plan;
 mod pool;
 mod replay;
+mod retention;
 mod sequence;
 mod team;
 mod token_buffer;
@@ -33,6 +35,8 @@ mod _core {
     use crate::errors::{CapacityError, ClosedError, KVHybridError};
     #[pymodule_export]
     use crate::held::{holds, read_at};
+    #[pymodule_export]
+    use crate::pin::Pin;
     #[pymodule_export]
     use crate::plan::Plan;
     #[pymodule_export]

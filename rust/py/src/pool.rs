@@ -11,7 +11,9 @@ use pyo3::types::PyDict;
 
 use crate::buffers::with_tokens;
 use crate::errors::{poisoned, raised};
+use crate::pin::Pin;
 use crate::plan::Plan;
+use crate::retention::{microseconds, retention};
 use crate::sequence::Sequence;
 
 /// The core behind its lock. It is held for bookkeeping only, and nobody attaches while holding it.
@@ -92,7 +94,7 @@ pub struct PagePool {
 impl PagePool {
     #[new]
     #[allow(clippy::too_many_arguments)] // named, from Python
-    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, num_lowest = 0, keep_tails = true, policy = "lru", seed = None))]
+    #[pyo3(signature = (num_pages, block_size, *, num_quantized = 0, num_lowest = 0, keep_tails = true, policy = "lru", seed = None, max_pinned_share = 0.5))]
     fn new(
         num_pages: usize,
         block_size: usize,
@@ -101,6 +103,7 @@ impl PagePool {
         keep_tails: bool,
         policy: &str,
         seed: Option<u64>,
+        max_pinned_share: f64,
     ) -> PyResult<Self> {
         let Some(above) = num_quantized.checked_sub(num_lowest) else {
             let message = format!("num_lowest={num_lowest} are part of num_quantized={num_quantized}");
@@ -109,6 +112,7 @@ impl PagePool {
         let mut pool = Pool::with_classes([num_pages, above, num_lowest], block_size, keep_tails).map_err(raised)?;
         let options = Adaptive { seed, token_weight: 1, learns_at_once: false, is_unguarded: false };
         set_policy(&mut pool, policy, options)?;
+        pool.bound_pins(max_pinned_share).map_err(raised)?;
         let num_pages = pool.num_pages();
         Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, num_lowest, block_size })
     }
@@ -183,6 +187,45 @@ impl PagePool {
         })?;
         let (id, cached) = opened?;
         Ok(Sequence::new(self.shared.clone(), id, cached))
+    }
+
+    #[allow(clippy::too_many_arguments)] // named, from Python
+    #[pyo3(signature = (tokens, namespace = 0, *, start = 0, stop = None, priority = 0, ttl_s = None, lapses = false))]
+    fn retain(
+        &self,
+        tokens: &Bound<'_, PyAny>,
+        namespace: u64,
+        start: usize,
+        stop: Option<usize>,
+        priority: i32,
+        ttl_s: Option<f64>,
+        lapses: bool,
+    ) -> PyResult<usize> {
+        let retention = retention(priority, ttl_s, lapses)?;
+        let range = start..stop.unwrap_or(usize::MAX);
+        with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(mut pool) => pool.retain(Namespace(namespace), tokens, range, retention).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })?
+    }
+
+    #[pyo3(signature = (tokens, namespace = 0, *, ttl_s = None))]
+    fn pin(&self, tokens: &Bound<'_, PyAny>, namespace: u64, ttl_s: Option<f64>) -> PyResult<Pin> {
+        let ttl = microseconds(ttl_s)?;
+        let (id, held) = with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(mut pool) => pool.pin(Namespace(namespace), tokens, ttl).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })??;
+        Ok(Pin::new(self.shared.clone(), id, held))
+    }
+
+    #[pyo3(signature = (tokens, namespace = 0, *, most_pages))]
+    fn hint(&self, tokens: &Bound<'_, PyAny>, namespace: u64, most_pages: usize) -> PyResult<Option<Pin>> {
+        let hint = with_tokens(tokens, |tokens| match self.shared.lock() {
+            Ok(mut pool) => pool.hint(Namespace(namespace), tokens, most_pages).map(Ok),
+            Err(poisoned) => Ok(Err(poisoned)),
+        })??;
+        Ok(hint.map(|(id, held)| Pin::new(self.shared.clone(), id, held)))
     }
 
     fn demote(&self, num_pages: usize) -> PyResult<Plan> {

@@ -9,6 +9,7 @@ use pyo3::types::PyBytes;
 use crate::buffers::with_tokens;
 use crate::errors::raised;
 use crate::pool::Shared;
+use crate::retention::retention;
 use crate::token_buffer::native_bytes;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
@@ -94,6 +95,12 @@ impl Sequence {
 
     fn freeze(&self, length: usize) -> PyResult<()> {
         self.shared.lock()?.freeze(self.id, length).map_err(raised)
+    }
+
+    #[pyo3(signature = (priority = 0, ttl_s = None, *, lapses = false, start = 0))]
+    fn retain(&self, priority: i32, ttl_s: Option<f64>, lapses: bool, start: usize) -> PyResult<()> {
+        let retention = retention(priority, ttl_s, lapses)?;
+        self.shared.lock()?.retain_sequence(self.id, Some(retention), start).map_err(raised)
     }
 
     fn truncate(&self, length: usize) -> PyResult<()> {

@@ -24,16 +24,25 @@ pub enum Cause {
     Recency,
     /// A step needed its page, and it was the least likely to be wanted soon.
     Survival,
+    /// It had no more time to live.
+    Expired,
+    /// It was of a lower priority than what nobody spoke of.
+    Priority,
     /// It was asked to leave: in the background, by clearing, or with its namespace.
     Asked,
 }
 
 impl Cause {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Recency, Self::Survival, Self::Expired, Self::Priority, Self::Asked];
+
     /// One word for it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Recency => "lru",
             Self::Survival => "survival",
+            Self::Expired => "ttl",
+            Self::Priority => "priority",
             Self::Asked => "asked",
         }
     }

@@ -12,6 +12,7 @@ mod lru;
 mod survival;
 
 use crate::ids::{NodeId, PageId};
+use crate::retention::Level;
 
 pub(crate) use clock::Clock;
 pub use history::Cause;
@@ -44,11 +45,27 @@ pub(crate) trait Policy: Send {
         None
     }
 
+    /// The same as `rank`, of a leaf of another level than the usual one.
+    fn rank_at(&mut self, _level: Level, _node: NodeId, _deepest: Option<PageId>) {}
+
+    /// The leaf of such a level to take from; none is the least recently used of it.
+    fn lowest_at(&mut self, _level: Level, _now: u64) -> Option<NodeId> {
+        None
+    }
+
     /// A node that nobody pins would give this page of a class to the class below, or has none to give.
     fn cool(&mut self, _class: usize, _node: NodeId, _next: Option<PageId>) {}
 
-    /// The node whose page of a class steps down next; none is the one that was let go of first.
+    /// The same, of a node of another level.
+    fn cool_at(&mut self, _level: Level, _class: usize, _node: NodeId, _next: Option<PageId>) {}
+
+    /// The node of the usual level whose page of a class steps down next; none is the one that was let go of first.
     fn coldest(&mut self, _class: usize, _now: u64) -> Option<NodeId> {
+        None
+    }
+
+    /// The same, of another level.
+    fn coldest_at(&mut self, _level: Level, _class: usize, _now: u64) -> Option<NodeId> {
         None
     }
 
@@ -97,6 +114,11 @@ pub(crate) trait Policy: Send {
         false
     }
 
+    /// The same, of a leaf of another level.
+    fn is_ranked_at(&self, _level: Level, _node: NodeId, _deepest: PageId) -> bool {
+        false
+    }
+
     /// Nodes that have pages of a class to give, where these are ranked.
     fn num_cooling(&self, _class: usize) -> Option<usize> {
         None
@@ -104,6 +126,11 @@ pub(crate) trait Policy: Send {
 
     /// True when a node stands where the page does that it gives next.
     fn is_cooling_as(&self, _class: usize, _node: NodeId, _next: PageId) -> bool {
+        false
+    }
+
+    /// The same, of a node of another level.
+    fn is_cooling_at(&self, _level: Level, _class: usize, _node: NodeId, _next: PageId) -> bool {
         false
     }
 

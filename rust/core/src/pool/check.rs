@@ -8,7 +8,9 @@ impl Pool {
     /// Verify every invariant and name the one that broke. Costs the pool: for tests.
     pub fn check(&self) -> Result<()> {
         let broken = |what: String| Err(Error::Broken(what));
-        let in_tree = self.tree.check(self.sequences.iter().map(|(_, sequence)| sequence.anchor))?;
+        let (lasting, pins) = (self.pins.anchors(true), self.pins.anchors(false));
+        let anchors = self.sequences.iter().map(|(_, sequence)| sequence.anchor);
+        let in_tree = self.tree.check(anchors.chain(pins).chain(lasting.clone()), lasting)?;
         let mut held: Vec<Option<u32>> = vec![Some(0); self.num_pages()];
         for page in in_tree {
             if held[page.index()].take().is_none() {
@@ -32,8 +34,8 @@ impl Pool {
             let whole = (sequence.length >> self.shift) as usize;
             let own = sequence.table.iter().enumerate().skip(whole.max(sealed));
             for (block, page) in own.filter(|(_, page)| self.pages.is_mutable(**page)) {
-                // A sequence that was cut goes on from a copy, and until then stands on the page it had.
-                let is_cut = !sequence.planned && block == whole;
+                // A sequence that was cut goes on from a copy, and until a step writes it stands on the page it had.
+                let is_cut = sequence.replaced.is_none() && block == whole;
                 if self.pages.classes().is_quantized(*page) && !is_cut {
                     return broken(format!("quantized page {} is written, as block {block}", page.0));
                 }

@@ -58,6 +58,9 @@ impl Pool {
                 path.reverse();
                 for node in path {
                     seen.insert(node);
+                    if self.tree.is_kept(node) {
+                        continue;
+                    }
                     for class in 0..STEPS {
                         let wanted = held.want[class] - held.found[class].len();
                         let may = self.tree.can_cool(node, class).filter(|(_, page)| !newest.contains(page));

@@ -108,7 +108,9 @@ impl Pool {
         for victim in &plan.victims {
             let (own, rest) = keys.split_at(victim.count());
             keys = rest;
-            let mut slot = self.history.bury(own, plan.left, cause);
+            let why = victim.why().unwrap_or(cause);
+            self.totals.evicted_by[why as usize] += own.len() as u64;
+            let mut slot = self.history.bury(own, plan.left, why);
             let (own, rest) = memories.split_at(victim.count().min(memories.len()));
             memories = rest;
             for memory in own {
@@ -121,6 +123,7 @@ impl Pool {
     /// Pages that nobody could put back have left the tree, each on its own.
     pub(super) fn forget_orphans(&mut self, pages: &[PageId], cause: Cause) {
         let now = self.clock.now();
+        self.totals.evicted_by[cause as usize] += pages.len() as u64;
         let mut memory: Vec<Memory> = Vec::new();
         for page in pages {
             memory.clear();

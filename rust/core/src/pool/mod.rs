@@ -6,6 +6,8 @@ mod explain;
 mod held;
 mod learn;
 mod open;
+mod pins;
+mod retain;
 mod room;
 mod step;
 mod undo;
@@ -13,9 +15,10 @@ mod undo;
 pub use explain::Explanation;
 pub use learn::Adaptive;
 pub use open::OpenOptions;
+pub use pins::PinId;
 
 use crate::error::{Error, Result};
-use crate::ids::{Classes, Namespace, PageId, SequenceId};
+use crate::ids::{CLASSES, Classes, Namespace, PageId, SequenceId};
 use crate::pages::Pages;
 use crate::plan::Plan;
 use crate::policy::{Cause, Clock, History};
@@ -48,6 +51,9 @@ pub struct Pool {
     /// Keys of blocks about to be sealed, and the path of a sequence about to close.
     keys: Vec<u64>,
     path: Vec<PageId>,
+    pins: pins::Pins,
+    /// Pages of each class that users may pin, all texts together.
+    most_kept: [u32; CLASSES],
 }
 
 impl Pool {
@@ -91,6 +97,8 @@ impl Pool {
             learns_at_once: false,
             keys: Vec::new(),
             path: Vec::new(),
+            pins: pins::Pins::default(),
+            most_kept: classes.0.map(|count| count / 2),
         })
     }
 
@@ -133,7 +141,10 @@ impl Pool {
     }
 
     /// Evict every unpinned page of a namespace and return how many left.
+    ///
+    /// What users pinned there is pinned no more: nobody will ask for it again.
     pub fn drop_namespace(&mut self, namespace: Namespace) -> usize {
+        self.unpin_all(namespace);
         let Some(root) = self.tree.find_root(namespace) else { return 0 };
         self.evict_by(|tree, _, pages, victims| tree.condemn_below(root, pages, victims))
     }
@@ -162,6 +173,8 @@ impl Pool {
         }
         let tail = if self.keep_tails { self.seal_tail(id) } else { None };
         self.note_use(id, tail);
+        self.expire();
+        self.retain_closing(id, tail);
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         let private = (sequence.sealed >> self.shift) as usize;
         for page in sequence.table[private..].iter().rev() {
@@ -208,12 +221,20 @@ impl Pool {
             abandoned_plans: self.totals.abandoned_plans,
             returned_pages: self.totals.returned_pages,
             ghosts: self.history.num_ghosts() as u64,
+            user_pins: self.pins.len() as u64,
+            user_pinned_pages: self.tree.num_kept().iter().sum::<u32>().into(),
+            most_user_pinned_pages: self.most_kept.iter().sum::<u32>().into(),
+            evicted_lru_pages: self.totals.evicted_by[Cause::Recency as usize],
+            evicted_survival_pages: self.totals.evicted_by[Cause::Survival as usize],
+            evicted_ttl_pages: self.totals.evicted_by[Cause::Expired as usize],
+            evicted_priority_pages: self.totals.evicted_by[Cause::Priority as usize],
+            evicted_asked_pages: self.totals.evicted_by[Cause::Asked as usize],
         }
     }
 
     /// Bytes that the bookkeeping owns, token ids not counted. Walks the tree.
     pub fn bytes(&self) -> usize {
-        self.pages.bytes() + self.tree.bytes() + self.sequences.bytes() + self.history.bytes()
+        self.pages.bytes() + self.tree.bytes() + self.sequences.bytes() + self.history.bytes() + self.pins.bytes()
     }
 
     /// Keep a finished plan's vectors.

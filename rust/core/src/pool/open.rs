@@ -28,6 +28,7 @@ impl Pool {
             return Err(Error::Argument("align must be at least 1, not 0".into()));
         }
         Self::check_length(0, tokens.len())?;
+        self.expire();
         let (mut node, mut matched) = (None, 0);
         if reuse && let Some(root) = self.tree.find_root(namespace) {
             let (deepest, length) = self.tree.walk(root, &tokens[..tokens.len().saturating_sub(1)]);

@@ -4,7 +4,8 @@ use std::collections::{HashMap, HashSet};
 
 use super::Tree;
 use crate::error::{Error, Result};
-use crate::ids::{NodeId, PageId, STEPS};
+use crate::ids::{CLASSES, NodeId, PageId, STEPS};
+use crate::retention::Level;
 
 macro_rules! hold {
     ($condition:expr, $($message:tt)+) => {
@@ -16,7 +17,12 @@ macro_rules! hold {
 
 impl Tree {
     /// Verify the tree against the anchors of all sequences. Returns its pages.
-    pub(crate) fn check(&self, anchors: impl Iterator<Item = NodeId>) -> Result<Vec<PageId>> {
+    /// `keeps` are the anchors of users' pins, which are among `anchors`.
+    pub(crate) fn check(
+        &self,
+        anchors: impl Iterator<Item = NodeId>,
+        keeps: impl Iterator<Item = NodeId>,
+    ) -> Result<Vec<PageId>> {
         let mut pins: HashMap<NodeId, u32> = HashMap::new();
         for anchor in anchors {
             let mut node = anchor;
@@ -25,9 +31,11 @@ impl Tree {
                 node = self.at(node).parent;
             }
         }
+        let keeps = self.check_kept(keeps)?;
         let age = self.check_order()?;
         let mut waiting = self.check_cooling()?;
         let (mut pages, mut evictable, mut shared, mut linked) = (Vec::new(), 0, 0, 0);
+        let (mut leaves, mut aside, mut expiring) = (0, 0, 0);
         let (mut quantized, mut given) = ([0; STEPS], [0; STEPS]);
         for root in self.roots.iter() {
             for node in self.preorder(root) {
@@ -35,6 +43,10 @@ impl Tree {
                 let it = self.at(node);
                 let expected = pins.remove(&node).unwrap_or(0);
                 hold!(it.pins == expected, "{node:?} has {} pins for {expected} sequences", it.pins);
+                self.check_level(node, keeps.get(&node).copied().unwrap_or(0), &age)?;
+                leaves += usize::from(it.pins == 0 && it.is_leaf() && !it.is_root());
+                aside += usize::from(it.is_aside && it.is_leaf());
+                expiring += usize::from(self.aside.extra(node).expires > 0);
                 pages.extend_from_slice(&it.pages);
                 evictable += if it.pins == 0 { it.pages.len() } else { 0 };
                 shared += if it.pins > 1 { it.pages.len() } else { 0 };
@@ -47,7 +59,7 @@ impl Tree {
                         let waits = waiting.remove(&(class, node));
                         hold!(waits == (count > 0), "{node:?} gives {count} of {class} and waits: {waits}");
                         let next = self.can_cool(node, class).next().map(|(_, page)| page).or(it.pages.last().copied());
-                        let is_ranked = next.is_some_and(|page| self.policy.is_cooling_as(class, node, page));
+                        let is_ranked = next.is_some_and(|page| self.is_cooling_as(class, node, page));
                         let is_told = self.policy.num_cooling(class).is_none() || !waits || is_ranked;
                         hold!(is_told, "{node:?} does not stand where {next:?} does, which it gives next");
                     }
@@ -64,9 +76,12 @@ impl Tree {
         let counted = self.evictable_quantized;
         hold!(quantized == counted, "{counted:?} quantized pages counted as evictable of {quantized:?}");
         if let Some(ranked) = self.policy.num_ranked() {
-            let leaves = age.keys().filter(|node| self.at(**node).is_leaf()).count();
             hold!(ranked == leaves, "{ranked} leaves ranked of {leaves}");
         }
+        let counted = self.aside.num_leaves();
+        hold!(counted == aside, "{counted} leaves stand aside of {aside}");
+        let counted = self.aside.expiring().len();
+        hold!(counted == expiring, "the time of {counted} nodes ends of {expiring}");
         hold!(pins.is_empty(), "sequences stand on nodes outside the tree: {pins:?}");
         hold!(self.children.len() == linked, "{} children indexed of {linked}", self.children.len());
         hold!(pages.len() == self.sealed, "{} pages counted as sealed of {}", self.sealed, pages.len());
@@ -93,10 +108,55 @@ impl Tree {
         for (class, order) in self.cooling.iter().enumerate() {
             for (stamp, node) in order.iter() {
                 hold!(waiting.insert((class, node)), "{node:?} waits twice");
-                hold!(stamp == self.at(node).cooled.stamp, "{node:?} waits where it stood before");
+                let it = self.at(node);
+                hold!(stamp == it.level.above(it.cooled.stamp), "{node:?} waits where it stood before");
             }
         }
         Ok(waiting)
+    }
+
+    /// Users' pins of every node; and the pages below them are counted.
+    fn check_kept(&self, anchors: impl Iterator<Item = NodeId>) -> Result<HashMap<NodeId, u32>> {
+        let mut keeps: HashMap<NodeId, u32> = HashMap::new();
+        for anchor in anchors {
+            for node in self.path(anchor) {
+                *keeps.entry(node).or_default() += 1;
+            }
+        }
+        let mut kept = [0; CLASSES];
+        for page in keeps.keys().flat_map(|node| &self.at(*node).pages) {
+            kept[self.classes.of(*page)] += 1;
+        }
+        hold!(kept == self.aside.kept, "{:?} pages counted as pinned by users of {kept:?}", self.aside.kept);
+        Ok(keeps)
+    }
+
+    fn check_level(&self, node: NodeId, keeps: u32, age: &HashMap<NodeId, usize>) -> Result<()> {
+        let (it, extra) = (self.at(node), self.aside.extra(node));
+        hold!(extra.keeps == keeps, "{node:?} has {} pins of users for {keeps}", extra.keeps);
+        let (level, stamp) = (it.level, it.cooled.stamp);
+        let stands = self.aside.contains(level, stamp, node);
+        hold!(stands == (it.is_aside && it.is_leaf()), "{node:?} at {level:?} stands aside: {stands}");
+        hold!(!it.is_aside || it.pins == 0, "{node:?} is pinned and stands aside");
+        hold!(level == Level::USUAL || !age.contains_key(&node), "{node:?} at {level:?} is in the order of recency");
+        let expires = self.aside.expiring().any(|entry| entry == (extra.expires, node));
+        hold!(expires == (extra.expires > 0), "the time of {node:?} ends at {}: {expires}", extra.expires);
+        hold!(extra.expires == 0 || level != Level::EXPIRED, "the time of {node:?} is over and ends");
+        Ok(())
+    }
+
+    fn is_ranked_as(&self, node: NodeId, page: PageId) -> bool {
+        match self.at(node).level {
+            Level::USUAL => self.policy.is_ranked_as(node, page),
+            level => self.policy.is_ranked_at(level, node, page),
+        }
+    }
+
+    fn is_cooling_as(&self, class: usize, node: NodeId, page: PageId) -> bool {
+        match self.at(node).level {
+            Level::USUAL => self.policy.is_cooling_as(class, node, page),
+            level => self.policy.is_cooling_at(level, class, node, page),
+        }
     }
 
     fn check_classes(&self, node: NodeId) -> Result<()> {
@@ -142,10 +202,11 @@ impl Tree {
         self.check_classes(node)?;
         if self.policy.num_ranked().is_some() {
             let may_leave = it.pins == 0 && it.is_leaf();
-            let ranked = it.pages.last().is_some_and(|page| self.policy.is_ranked_as(node, *page));
+            let ranked = it.pages.last().is_some_and(|page| self.is_ranked_as(node, *page));
             hold!(ranked == may_leave, "{node:?} with {} pins is ranked: {ranked}", it.pins);
         }
-        hold!((it.pins == 0) == age.contains_key(&node), "{node:?} with {} pins is misplaced", it.pins);
+        let is_listed = it.pins == 0 && !it.is_aside;
+        hold!(is_listed == age.contains_key(&node), "{node:?} with {} pins is misplaced", it.pins);
         if let (Some(own), Some(parents)) = (age.get(&node), age.get(&it.parent)) {
             hold!(own < parents, "{node:?} is younger than its parent");
         }

@@ -3,8 +3,18 @@
 //! policy told of it.
 
 use super::Tree;
-use super::cooling::{Cooled, NEXT};
+use super::cooling::Cooled;
 use crate::ids::{NodeId, PageId, STEPS};
+use crate::policy::Policy;
+use crate::retention::Level;
+
+/// Tell a policy what a node gives next.
+fn cool(policy: &mut dyn Policy, level: Level, class: usize, node: NodeId, next: Option<PageId>) {
+    match level {
+        Level::USUAL => policy.cool(class, node, next),
+        _ => policy.cool_at(level, class, node, next),
+    }
+}
 
 impl Tree {
     /// Blocks that end in a node.
@@ -27,16 +37,7 @@ impl Tree {
         of_class - refused[class] as usize
     }
 
-    /// Have a node that nobody pins any more wait, as the warmest one.
-    pub(super) fn cool(&mut self, node: NodeId) {
-        if self.classes.has_below(0) {
-            self.stamps += NEXT;
-            self.at_mut(node).cooled.stamp = self.stamps;
-            self.wait(node);
-        }
-    }
-
-    /// Have a node wait where it did before.
+    /// Have a node that nobody pins wait where its level and its age say.
     pub(super) fn wait(&mut self, node: NodeId) {
         let quantized = self.at(node).cooled.quantized;
         self.count_evictable(quantized, true);
@@ -48,13 +49,14 @@ impl Tree {
         if !self.classes.has_below(0) {
             return;
         }
-        let Cooled { quantized, stamp, .. } = self.at(node).cooled;
+        let it = self.at(node);
+        let (level, Cooled { quantized, stamp, .. }) = (it.level, it.cooled);
         self.count_evictable(quantized, false);
         for (class, order) in self.cooling.iter_mut().enumerate() {
             let waits = std::mem::take(&mut self.nodes[node.index()].cooled.waits[class]);
             if waits > 0 {
-                order.count(node, stamp, waits as usize, 0);
-                self.policy.cool(class, node, None);
+                order.count(node, level.above(stamp), waits as usize, 0);
+                cool(&mut *self.policy, level, class, node, None);
             }
         }
     }
@@ -66,9 +68,9 @@ impl Tree {
         }
         for class in 0..STEPS {
             let now = self.gives(node, class);
-            let Cooled { waits, stamp, .. } = &mut self.nodes[node.index()].cooled;
-            let before = std::mem::replace(&mut waits[class], now as u32) as usize;
-            self.cooling[class].count(node, *stamp, before, now);
+            let it = &mut self.nodes[node.index()];
+            let before = std::mem::replace(&mut it.cooled.waits[class], now as u32) as usize;
+            self.cooling[class].count(node, it.level.above(it.cooled.stamp), before, now);
             self.tell(node, class);
         }
     }
@@ -85,7 +87,8 @@ impl Tree {
             let pages = &self.at(node).pages;
             index.map_or(pages.last(), |index| pages.get(index)).copied()
         };
-        self.policy.cool(class, node, next);
+        let level = self.at(node).level;
+        cool(&mut *self.policy, level, class, node, next);
     }
 
     /// Count what the pages that were cut off a node, now `upper`, take away from what is left in it.

@@ -1,10 +1,10 @@
-//! Nodes in the order in which they were let go of, for one class of pages that they have to give.
+//! Nodes by level, and in the order in which they were let go of, for one class of pages that they have to give.
 
 use std::collections::BTreeSet;
 
 use crate::ids::{NodeId, STEPS};
 
-/// When a node was let go of: nodes of smaller stamps are colder.
+/// When a node was let go of: nodes of smaller stamps are colder. In the order, below its level.
 pub(super) type Stamp = u64;
 /// From one stamp to the next: a node that is cut in two has another between.
 pub(super) const NEXT: Stamp = 2;

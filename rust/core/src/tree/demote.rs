@@ -6,6 +6,7 @@
 
 use super::{Node, Tree, Victim};
 use crate::ids::{NodeId, PageId, STEPS};
+use crate::retention::Level;
 
 /// What a node gives next.
 pub(crate) enum Gift {
@@ -28,7 +29,13 @@ impl Tree {
 
     /// What the coldest node with pages of a class to give gives next.
     pub(crate) fn coldest(&mut self, class: usize, now: u64) -> Option<Gift> {
-        let node = self.policy.coldest(class, now).or_else(|| self.cooling[class].coldest())?;
+        self.expire(now);
+        let first = self.cooling[class].coldest()?;
+        let node = match self.at(first).level {
+            Level::USUAL => self.policy.coldest(class, now),
+            level => self.policy.coldest_at(level, class, now),
+        };
+        let node = node.unwrap_or(first);
         Some(match self.next_to_cool(node, class) {
             Some(index) => Gift::Whole(node, index),
             None => Gift::Tail(node),
@@ -57,8 +64,8 @@ impl Tree {
     pub(crate) fn put(&mut self, node: NodeId, index: usize, page: PageId) {
         let classes = self.classes;
         let it = self.at_mut(node);
-        let before = classes.count(&[std::mem::replace(&mut it.pages[index], page)]);
-        let now = classes.count(&[page]);
+        let source = std::mem::replace(&mut it.pages[index], page);
+        let (before, now) = (classes.count(&[source]), classes.count(&[page]));
         for class in 0..STEPS {
             it.cooled.quantized[class] = it.cooled.quantized[class] + now[class] - before[class];
             it.cooled.seen[class] = it.cooled.seen[class].min(index as u32);
@@ -67,6 +74,7 @@ impl Tree {
             self.count_evictable(before, false);
             self.count_evictable(now, true);
         }
+        self.recount_kept(node, source, page);
         self.recount(node);
     }
 

@@ -3,13 +3,14 @@
 
 use super::{Node, Tree};
 use crate::ids::{NodeId, PageId};
+use crate::policy::Cause;
 
 /// What must be remembered to restore a victim. Its pages are in the caller's list, in order.
 pub(crate) enum Victim {
     /// A leaf left the tree. Its slot keeps tokens and pages until the end.
-    Whole { node: NodeId, epoch: u32, parent_epoch: u32, count: usize },
+    Whole { node: NodeId, epoch: u32, parent_epoch: u32, count: usize, why: Option<Cause> },
     /// A leaf lost its last `count` pages and keeps its stale tokens until the end.
-    Part { node: NodeId, epoch: u32, kept: usize, count: usize },
+    Part { node: NodeId, epoch: u32, kept: usize, count: usize, why: Option<Cause> },
 }
 
 impl Victim {
@@ -17,6 +18,12 @@ impl Victim {
     pub(crate) fn count(&self) -> usize {
         let (Self::Whole { count, .. } | Self::Part { count, .. }) = *self;
         count
+    }
+
+    /// Why it leaves, where that was not for the policy to say.
+    pub(crate) fn why(&self) -> Option<Cause> {
+        let (Self::Whole { why, .. } | Self::Part { why, .. }) = *self;
+        why
     }
 }
 
@@ -53,7 +60,7 @@ impl Tree {
         let (first, it) = (pages.len(), self.at_mut(node));
         let (epoch, count) = (it.epoch, it.pages.len() - kept);
         pages.extend(it.pages.drain(kept..));
-        victims.push(Victim::Part { node, epoch, kept, count });
+        victims.push(Victim::Part { node, epoch, kept, count, why: self.why(node) });
         self.evictable -= count;
         self.sealed -= count;
         self.lose(node, &pages[first..]);
@@ -62,6 +69,10 @@ impl Tree {
 
     /// The leaf to take from, and how many of its pages at most: those that rank alike.
     fn next_victim(&mut self, now: u64) -> (NodeId, usize) {
+        self.expire(now);
+        if let Some(leaf) = self.next_of_levels(now) {
+            return (leaf, self.policy.alike(&self.at(leaf).pages));
+        }
         let Some(leaf) = self.policy.lowest(now) else {
             let oldest = self.order.oldest();
             return (oldest, self.at(oldest).pages.len());
@@ -119,10 +130,11 @@ impl Tree {
 
     pub(super) fn condemn_leaf(&mut self, leaf: NodeId, pages: &mut Vec<PageId>, victims: &mut Vec<Victim>) -> NodeId {
         self.unlink(leaf);
-        self.order.remove(leaf);
+        self.unseat(leaf);
         self.warm(leaf);
         self.unrank(leaf);
-        let gone = self.next_epoch();
+        self.stop_expiring(leaf);
+        let (gone, why) = (self.next_epoch(), self.why(leaf));
         let node = self.at_mut(leaf);
         let epoch = std::mem::replace(&mut node.epoch, gone);
         let (parent, count) = (node.parent, node.pages.len());
@@ -130,7 +142,7 @@ impl Tree {
         self.evictable -= count;
         self.sealed -= count;
         let parent_epoch = self.at(parent).epoch;
-        victims.push(Victim::Whole { node: leaf, epoch, parent_epoch, count });
+        victims.push(Victim::Whole { node: leaf, epoch, parent_epoch, count, why });
         parent
     }
 
@@ -152,7 +164,7 @@ impl Tree {
         let count = pages.len();
         self.at_mut(node).epoch = epoch;
         self.link(node);
-        self.order.push_oldest(node);
+        self.reseat(node);
         self.wait(node);
         self.evictable += count;
         self.sealed += count;
@@ -168,6 +180,7 @@ impl Tree {
         grown.pages.extend_from_slice(pages);
         let pins = grown.pins;
         self.gain(node, pages);
+        self.gain_kept(node, pages);
         self.sealed += pages.len();
         match pins {
             0 => self.evictable += pages.len(),

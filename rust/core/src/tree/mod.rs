@@ -21,6 +21,7 @@
 //! A leaf counts as far as its pages reach. Tokens beyond them (its child was evicted, or its last
 //! pages are in an open plan) are stale: nobody matches them, and whoever writes there trims them.
 
+mod aside;
 mod check;
 mod cool;
 mod cooling;
@@ -28,7 +29,9 @@ mod demote;
 mod evict;
 mod find;
 mod index;
+mod keep;
 mod pin;
+mod retain;
 mod seal;
 mod split;
 
@@ -39,6 +42,8 @@ use std::collections::BTreeSet;
 
 use crate::ids::{Classes, Namespace, NodeId, PageId, STEPS};
 use crate::policy::{Lru, Policy, Recency};
+use crate::retention::Level;
+use aside::Aside;
 use cooling::{Cooled, Cooling};
 pub(crate) use evict::Victim;
 use index::{Children, Roots, Seed};
@@ -59,6 +64,10 @@ struct Node {
     /// Changes whenever something that a plan remembers about the node would no longer be true: it
     /// left the tree, or lost tokens at its end.
     epoch: u32,
+    /// What leaves before it, and before what it leaves.
+    level: Level,
+    /// Nobody pins it, and it does not stand in the order of recency.
+    is_aside: bool,
     /// What the pages are beside full precision.
     cooled: Cooled,
 }
@@ -89,8 +98,9 @@ pub(crate) struct Tree {
     vacant: Vec<NodeId>,
     children: Children,
     roots: Roots,
-    /// Unpinned nodes by age.
+    /// Unpinned nodes by age, those that stand aside left out.
     order: Lru,
+    aside: Aside,
     /// Those of them that have pages to give to the class below, by age, for each class.
     cooling: [Cooling; STEPS],
     /// Stamps given out.
@@ -119,6 +129,7 @@ impl Tree {
             children: Children::new(seed),
             roots: Roots::new(seed),
             order: Lru::new(),
+            aside: Aside::default(),
             cooling: Default::default(),
             stamps: 0,
             classes,
@@ -161,6 +172,7 @@ impl Tree {
             + self.children.bytes()
             + self.roots.bytes()
             + self.order.bytes()
+            + self.aside.bytes()
             + self.cooling.iter().map(Cooling::bytes).sum::<usize>()
             + self.policy.bytes()
     }
@@ -231,6 +243,7 @@ impl Tree {
     /// Give a slot back. The node is linked to nothing any more.
     fn vacate(&mut self, node: NodeId) {
         let epoch = self.next_epoch();
+        self.forget_retention(node);
         self.nodes[node.index()] = Node { epoch, ..Node::default() };
         self.vacant.push(node);
     }
@@ -267,13 +280,23 @@ impl Tree {
     /// Let the policy know where a node stands now: it ranks leaves that may leave.
     fn rank(&mut self, node: NodeId) {
         let it = &self.nodes[node.index()];
+        let (level, is_aside) = (it.level, it.is_aside);
         let deepest = if it.pins == 0 && it.is_leaf() && !it.is_root() { it.pages.last() } else { None };
-        self.policy.rank(node, deepest.copied());
+        match level {
+            Level::USUAL => self.policy.rank(node, deepest.copied()),
+            _ => self.policy.rank_at(level, node, deepest.copied()),
+        }
+        if is_aside {
+            self.stand_aside(node);
+        }
     }
 
     /// Let the policy know that a node leaves the order.
     fn unrank(&mut self, node: NodeId) {
-        self.policy.rank(node, None);
+        match self.at(node).level {
+            Level::USUAL => self.policy.rank(node, None),
+            level => self.policy.rank_at(level, node, None),
+        }
     }
 
     /// Forget the root of an empty namespace that nobody stands on.

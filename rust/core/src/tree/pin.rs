@@ -2,6 +2,7 @@
 
 use super::Tree;
 use crate::ids::NodeId;
+use crate::retention::Level;
 
 impl Tree {
     /// Find the anchor for a match of `matched` tokens that ended in `node`, and pin its path.
@@ -9,17 +10,20 @@ impl Tree {
     /// The anchor ends with the block that the match ends in, cut off when the run goes on, so that
     /// no more is held than is used.
     pub(crate) fn anchor(&mut self, node: NodeId, matched: u32) -> NodeId {
-        let end = self.block_end(matched);
-        let mut node = self.ancestor(node, end);
-        if end > matched {
-            node = self.holder(node, end).unwrap_or(node);
-        }
+        let (mut node, end) = self.last_used(node, matched);
         if self.reach(node) > end && !self.at(node).is_root() {
             let offset = (end - self.at(node).start) as usize;
             node = self.split(node, offset);
         }
         self.pin_path(node);
         node
+    }
+
+    /// The node that holds the page of the block that a match of `matched` tokens ends in, and where that ends.
+    pub(super) fn last_used(&self, node: NodeId, matched: u32) -> (NodeId, u32) {
+        let end = self.block_end(matched);
+        let node = self.ancestor(node, end);
+        (if end > matched { self.holder(node, end).unwrap_or(node) } else { node }, end)
     }
 
     /// The node at or above `node` in which position `end` is reached, the root for 0.
@@ -83,9 +87,12 @@ impl Tree {
         let is_root = pinned.is_root();
         if pins == 1 && !is_root {
             self.evictable -= pages;
-            self.order.remove(node);
+            self.unseat(node);
             self.warm(node);
             self.rank(node);
+            if self.at(node).level == Level::EXPIRED {
+                self.at_mut(node).level = Level::USUAL;
+            }
         } else if pins == 2 {
             self.shared += pages;
         }
@@ -104,8 +111,10 @@ impl Tree {
             }
             0 => {
                 self.evictable += pages;
-                self.order.push_newest(node);
-                self.cool(node);
+                self.seat(node);
+                if self.classes.has_below(0) {
+                    self.wait(node);
+                }
                 self.rank(node);
                 return true;
             }

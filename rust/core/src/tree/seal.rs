@@ -5,6 +5,7 @@ use super::cooling::Cooled;
 use super::find::common_prefix;
 use super::{Node, Tree};
 use crate::ids::{NodeId, PageId};
+use crate::retention::Level;
 
 /// What one sequence seals at once.
 pub(crate) struct Sealing<'a> {
@@ -89,7 +90,8 @@ impl Tree {
         self.sealed += pages.len();
         let (quantized, has_tail) = (self.classes.count(pages), self.has_tail(node));
         let end = self.at_mut(node);
-        if end.pins == 1 && end.is_leaf() && !end.pages.is_empty() {
+        // One of another level keeps that to itself: nobody said it of what follows.
+        if end.pins == 1 && end.is_leaf() && !end.pages.is_empty() && end.level == Level::USUAL {
             // The block that the tail begins is in `pages`, longer. Nobody else can be copying it.
             if has_tail {
                 duplicates.extend(end.pages.pop());

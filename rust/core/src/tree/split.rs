@@ -22,14 +22,15 @@ impl Tree {
         lower.start = middle;
         run.shrink_to_fit();
         pages.shrink_to_fit();
-        let (parent, pins) = (lower.parent, lower.pins);
-        let upper = self.insert(Node { run, pages, start, parent, pins, ..Node::default() });
+        let (parent, pins, level) = (lower.parent, lower.pins, lower.level);
+        let upper = self.insert(Node { run, pages, start, parent, pins, level, ..Node::default() });
+        self.divide_retention(upper, node);
         self.divide(upper, node);
         self.at_mut(node).parent = upper;
         self.link(upper);
         self.link(node);
         if pins == 0 {
-            self.order.push_newer_than(upper, node);
+            self.seat_above(upper, node);
             self.rank(node);
         }
         upper
@@ -42,12 +43,13 @@ impl Tree {
         let Node { parent, next, previous, pins, ref run, .. } = *self.at(leaf);
         let upper = self.at(parent);
         let alone = next.is_none() && previous.is_none() && pins == 0 && self.at(leaf).is_leaf();
+        let alone = alone && self.is_retained_alike(leaf, parent);
         if !alone || upper.is_root() || upper.pins > 0 || run.len() > upper.run.len() || self.has_tail(parent) {
             return None;
         }
         self.trim(leaf);
         self.unlink(leaf);
-        self.order.remove(leaf);
+        self.unseat(leaf);
         self.warm(leaf);
         self.unrank(leaf);
         let Node { run, pages, cooled, .. } = std::mem::take(self.at_mut(leaf));

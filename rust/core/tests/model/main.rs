@@ -13,12 +13,13 @@
 
 mod naive;
 mod plans;
+mod retained;
 mod truth;
 
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use kvhybrid_core::{Adaptive, Error, Namespace, OpenOptions, Plan, Pool, SequenceId};
+use kvhybrid_core::{Adaptive, Error, Namespace, OpenOptions, PinId, Plan, Pool, Retention, SequenceId};
 use proptest::prelude::*;
 use proptest::test_runner::FileFailurePersistence;
 
@@ -41,6 +42,18 @@ enum Step {
     Evict { pages: usize },
     Demote { pages: usize },
     Drop { namespace: u64 },
+    Say(Saying),
+}
+
+/// What users say of texts.
+#[derive(Clone, Debug)]
+enum Saying {
+    Retain { of: usize, from: usize, to: usize, retention: Retention },
+    RetainText { of: usize, from: usize, retention: Option<Retention> },
+    Pin { of: usize, length: usize, ttl: Option<u64> },
+    Hint { of: usize },
+    Unpin { of: usize },
+    Wait { microseconds: u64 },
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -72,6 +85,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0..6usize).prop_map(|pages| Step::Evict { pages }),
         1 => (0..6usize).prop_map(|pages| Step::Demote { pages }),
         1 => (0..2u64).prop_map(|namespace| Step::Drop { namespace }),
+        10 => retained::sayings().prop_map(Step::Say),
     ];
     prop::collection::vec(step, 1..80)
 }
@@ -110,6 +124,8 @@ struct Model {
     /// Tails of sequences that were closed in an open plan: the tree may have them.
     perhaps: HashSet<(u64, Vec<u32>)>,
     keep_tails: bool,
+    pins: Vec<retained::Pinned>,
+    now: u64,
 }
 
 fn digest(namespace: u64, tokens: &[u32]) -> u64 {
@@ -130,6 +146,7 @@ fn walk(mut model: Model, steps: Vec<Step>) {
     for step in steps {
         model.step(step);
         model.check();
+        model.check_pins();
     }
     model.finish();
 }

@@ -14,6 +14,8 @@ impl Model {
             sealed: HashSet::new(),
             perhaps: HashSet::new(),
             keep_tails,
+            pins: Vec::new(),
+            now: 1,
         }
     }
 
@@ -91,7 +93,9 @@ impl Model {
             }
             Step::Drop { namespace } => {
                 self.pool.drop_namespace(Namespace(namespace));
+                self.forget_pins(namespace);
             }
+            Step::Say(saying) => self.say(&saying),
         }
     }
 

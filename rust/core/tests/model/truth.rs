@@ -97,6 +97,7 @@ impl Model {
                 self.close(of);
             }
         }
+        self.unpin_all();
         self.check();
         let pages = self.pool.num_pages();
         assert_eq!(self.pool.num_free() + self.pool.num_evictable(), pages);

@@ -12,6 +12,7 @@
 mod curves;
 mod features;
 mod guard;
+mod levels;
 mod ranking;
 mod record;
 mod score;
@@ -19,10 +20,12 @@ mod shadow;
 
 use super::{Cause, History, Policy};
 use crate::ids::{NodeId, PageId, STEPS};
+use crate::retention::Level;
 use curves::{BUCKETS, Curves};
 pub(crate) use features::Turn;
 use features::{OWN, Request};
 use guard::Guard;
+use levels::Levels;
 use ranking::{DEPTHS, Ranking, Standing};
 use record::{Record, Records};
 use score::Score;
@@ -86,6 +89,9 @@ pub(crate) struct Survival {
     ranking: Ranking,
     /// Nodes by the page that each would give to the class below, for each class.
     cooling: [Ranking; STEPS],
+    /// The same two, of what users retain.
+    retained: Levels,
+    retained_cooling: [Levels; STEPS],
     records: Records,
     score: Score,
     curves: Curves,
@@ -127,6 +133,8 @@ impl Survival {
             ghosts: Vec::new(),
             ranking: Ranking::new(weights),
             cooling: [0; STEPS].map(|_| Ranking::new(weights)),
+            retained: Levels::new(weights),
+            retained_cooling: [0; STEPS].map(|_| Levels::new(weights)),
             records: Records::new(num_pages),
             score: Score::new(),
             curves: Curves::new(),
@@ -212,6 +220,28 @@ impl Policy for Survival {
         self.cooling[class].lowest(&self.curves, now).map(NodeId)
     }
 
+    fn rank_at(&mut self, level: Level, node: NodeId, deepest: Option<PageId>) {
+        self.retained.set(level, node.0, deepest.map(|page| self.standings[page.index()]));
+    }
+
+    fn lowest_at(&mut self, level: Level, now: u64) -> Option<NodeId> {
+        if !self.guard.rules() {
+            return None;
+        }
+        self.retained.lowest(level, &self.curves, now).map(NodeId)
+    }
+
+    fn cool_at(&mut self, level: Level, class: usize, node: NodeId, next: Option<PageId>) {
+        self.retained_cooling[class].set(level, node.0, next.map(|page| self.standings[page.index()]));
+    }
+
+    fn coldest_at(&mut self, level: Level, class: usize, now: u64) -> Option<NodeId> {
+        if !self.guard.rules() {
+            return None;
+        }
+        self.retained_cooling[class].lowest(level, &self.curves, now).map(NodeId)
+    }
+
     fn alike(&self, pages: &[PageId]) -> usize {
         let standing = |page: &PageId| self.standings[page.index()];
         let Some(last) = pages.last().map(standing) else { return 0 };
@@ -219,7 +249,7 @@ impl Policy for Survival {
     }
 
     fn num_ranked(&self) -> Option<usize> {
-        Some(self.ranking.len())
+        Some(self.ranking.len() + self.retained.len())
     }
 
     fn is_ranked_as(&self, node: NodeId, deepest: PageId) -> bool {
@@ -227,11 +257,19 @@ impl Policy for Survival {
     }
 
     fn num_cooling(&self, class: usize) -> Option<usize> {
-        Some(self.cooling[class].len())
+        Some(self.cooling[class].len() + self.retained_cooling[class].len())
     }
 
     fn is_cooling_as(&self, class: usize, node: NodeId, next: PageId) -> bool {
         self.cooling[class].get(node.0) == Some(self.standings[next.index()])
+    }
+
+    fn is_ranked_at(&self, level: Level, node: NodeId, deepest: PageId) -> bool {
+        self.retained.get(level, node.0) == Some(self.standings[deepest.index()])
+    }
+
+    fn is_cooling_at(&self, level: Level, class: usize, node: NodeId, next: PageId) -> bool {
+        self.retained_cooling[class].get(level, node.0) == Some(self.standings[next.index()])
     }
 
     fn rule(&self) -> Option<Rule> {
@@ -289,6 +327,8 @@ impl Policy for Survival {
             + self.standings.capacity() * size_of::<Standing>()
             + self.ranking.bytes()
             + self.cooling.iter().map(Ranking::bytes).sum::<usize>()
+            + self.retained.bytes()
+            + self.retained_cooling.iter().map(Levels::bytes).sum::<usize>()
             + self.records.bytes()
             + size_of::<Score>()
             + self.curves.bytes()

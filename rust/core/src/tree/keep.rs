@@ -1,0 +1,68 @@
+//! Pins of users: what they hold never leaves and never steps down, and is counted, so that it can be bounded.
+
+use super::Tree;
+use crate::ids::{CLASSES, NodeId, PageId};
+
+impl Tree {
+    /// Pages of each class, of a match of `matched` tokens that ended in `node`, that no user pins yet.
+    pub(crate) fn num_unkept(&self, node: NodeId, matched: u32) -> [u32; CLASSES] {
+        let (node, end) = self.last_used(node, matched);
+        let mut counts = [0; CLASSES];
+        for node in self.path(node).filter(|node| self.aside.extra(*node).keeps == 0) {
+            let it = self.at(node);
+            let used = ((end >> self.shift) - (it.start >> self.shift)) as usize;
+            for page in &it.pages[..used.min(it.pages.len())] {
+                counts[self.classes.of(*page)] += 1;
+            }
+        }
+        counts
+    }
+
+    /// Note that a user pins a path, which is pinned already.
+    pub(crate) fn keep_path(&mut self, anchor: NodeId) {
+        self.change_keeps(anchor, true);
+    }
+
+    /// Note that a user lets go of a path, before it is unpinned.
+    pub(crate) fn unkeep_path(&mut self, anchor: NodeId) {
+        self.change_keeps(anchor, false);
+    }
+
+    fn change_keeps(&mut self, anchor: NodeId, more: bool) {
+        let mut node = anchor;
+        while !self.at(node).is_root() {
+            let keeps = &mut self.aside.extra_mut(node).keeps;
+            let is_counted = *keeps == u32::from(!more);
+            *keeps = if more { *keeps + 1 } else { *keeps - 1 };
+            if is_counted {
+                for page in &self.nodes[node.index()].pages {
+                    let kept = &mut self.aside.kept[self.classes.of(*page)];
+                    *kept = if more { *kept + 1 } else { *kept - 1 };
+                }
+            }
+            node = self.at(node).parent;
+        }
+    }
+
+    /// A page of a node was put in another one's place, `before` and `now` by quantized class.
+    pub(super) fn recount_kept(&mut self, node: NodeId, before: PageId, now: PageId) {
+        if self.aside.extra(node).keeps > 0 {
+            self.aside.kept[self.classes.of(before)] -= 1;
+            self.aside.kept[self.classes.of(now)] += 1;
+        }
+    }
+
+    /// Pages came back to a node that a user has pinned meanwhile.
+    pub(super) fn gain_kept(&mut self, node: NodeId, back: &[PageId]) {
+        if self.aside.extra(node).keeps > 0 {
+            for page in back {
+                self.aside.kept[self.classes.of(*page)] += 1;
+            }
+        }
+    }
+
+    /// True when a user pins the node: its pages stay what they are.
+    pub(crate) fn is_kept(&self, node: NodeId) -> bool {
+        self.aside.extra(node).keeps > 0
+    }
+}
