@@ -107,3 +107,46 @@ fn expected(rows: &[Row], last: usize) -> [f32; AGES + 1] {
     expected[last + 1] = sum;
     expected
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: u64 = 1_000_000;
+
+    /// Twice 500 records, alike but for one feature: of the first half one in two came back, of the other one in ten.
+    fn records(watched_for: u64) -> (Records, u64) {
+        let (mut records, now) = (Records::new(64), 1000 * SECOND);
+        for number in 0..1000u64 {
+            let (is_second, used) = (number >= 500, now - watched_for);
+            let is_back = number % if is_second { 10 } else { 2 } == 0;
+            let mut features = [0; FEATURES];
+            features[0] = u8::from(is_second);
+            let again = if is_back { used + SECOND } else { 0 };
+            records.push(Record { used, again, features, key: 0 });
+        }
+        (records, now)
+    }
+
+    #[test]
+    fn what_returns_more_often_scores_higher_and_what_tells_nothing_weighs_nothing() {
+        let (records, now) = records(60 * SECOND);
+        let mut score = Score::new();
+        for _ in 0..8 {
+            score.learn(&records, 10 * SECOND, now);
+        }
+        let ahead = score.weight(0, 0) - score.weight(0, 1);
+        assert!((1.2..2.0).contains(&ahead), "{ahead} where the hazards are 0.69 and 0.105");
+        for value in 1..VALUES as u8 {
+            assert!(score.weight(3, value).abs() < 1e-6);
+        }
+    }
+
+    #[test]
+    fn outcomes_are_learned_from_before_the_horizon_is_over() {
+        let (records, now) = records(2 * SECOND);
+        let mut score = Score::new();
+        score.learn(&records, 3600 * SECOND, now);
+        assert!(score.weight(0, 0) > score.weight(0, 1) + 0.5);
+    }
+}
