@@ -11,6 +11,7 @@
 
 mod curves;
 mod features;
+mod fit;
 mod guard;
 mod ranking;
 mod record;
