@@ -6,8 +6,9 @@
 //! an age is the best reachable rate of hits per time held from there on (Gittins'): a leaf with the
 //! lowest index is the one whose page is worth least.
 
-use super::features::{self, OWN};
+use super::features::OWN;
 use super::record::Records;
+use super::scale::step;
 use super::score::Score;
 
 /// Classes of own uses.
@@ -99,7 +100,7 @@ impl Curves {
     pub(super) fn learn(&mut self, records: &Records, score: &Score, now: u64) {
         let mut counts = vec![NONE; CURVES];
         for record in records.iter() {
-            let counts = &mut counts[features::curve(record.features[OWN[0]], score.of(&record.features))];
+            let counts = &mut counts[curve(record.features[OWN[0]], score.of(&record.features))];
             let (age, is_back) = record.watched(now);
             let outcome = if is_back { &mut counts.returned } else { &mut counts.watched };
             outcome[bin(age)] += 1.0;
@@ -125,6 +126,12 @@ impl Curves {
     pub(super) fn bytes(&self) -> usize {
         self.index.capacity() * size_of::<[f32; AGES + 1]>()
     }
+}
+
+/// The curve of a block: by its feature of own uses, and by its score.
+pub(super) fn curve(uses: u8, score: f32) -> usize {
+    let bucket = ((score + 4.0) * 2.0).clamp(0.0, BUCKETS as f32 - 1.0) as usize;
+    usize::from(step(uses.into(), &[1, 2, 4, 5])) * BUCKETS + bucket
 }
 
 /// The index by age, forced to rise up to its peak and to fall from there on, or from `peak_by` on when

@@ -1,9 +1,9 @@
 //! What a use of a block looks like: of the text, and of the block in it.
 
 use super::Mark;
-use super::curves::BUCKETS;
 use super::record::FEATURES;
-use super::score::{Score, VALUES};
+use super::scale::{LAST, octave, step};
+use super::score::Score;
 use crate::ids::PageId;
 use crate::policy::History;
 
@@ -11,8 +11,6 @@ use crate::policy::History;
 pub(super) const OWN: [usize; 3] = [5, 6, 7];
 /// A block that so many different ones followed belongs to a prompt that an application gives to all.
 const SHARED_BY: u8 = 4;
-/// The last value of a feature.
-const LAST: u8 = VALUES as u8 - 1;
 
 /// The lengths of a text that ended.
 #[derive(Clone, Copy, Debug, Default)]
@@ -112,24 +110,4 @@ impl Request {
         }
         features
     }
-}
-
-/// The curve of a block: by its feature of own uses, and by its score.
-pub(super) fn curve(uses: u8, score: f32) -> usize {
-    let bucket = ((score + 4.0) * 2.0).clamp(0.0, BUCKETS as f32 - 1.0) as usize;
-    usize::from(step(uses.into(), &[1, 2, 4, 5])) * BUCKETS + bucket
-}
-
-/// How many of the ascending bounds are reached.
-fn step(value: usize, bounds: &[usize]) -> u8 {
-    bounds.iter().filter(|bound| **bound <= value).count() as u8
-}
-
-/// Octaves of a value, `per` to each, from 2^`from` on.
-fn octave(value: f64, from: i32, per: i32) -> u8 {
-    if value < 1.0 {
-        return 0;
-    }
-    let octave = (value.log2() * f64::from(per)) as i32 - from * per + 1;
-    octave.clamp(0, LAST.into()) as u8
 }

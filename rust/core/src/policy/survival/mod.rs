@@ -11,10 +11,12 @@
 
 mod curves;
 mod features;
+mod fit;
 mod guard;
 mod levels;
 mod ranking;
 mod record;
+mod scale;
 mod score;
 mod shadow;
 
@@ -172,7 +174,7 @@ impl Policy for Survival {
             let (key, mark) = (history.key(*page), &mut self.marks[page.index()]);
             let own = request.own(mark, position);
             let score = base + (0..OWN.len()).map(|i| self.score.weight(OWN[i], own[i])).sum::<f32>();
-            let curve = features::curve(own[0], score);
+            let curve = curves::curve(own[0], score);
             let depth = position as u32 * self.block_tokens;
             let deeper = DEPTH_FROM.iter().filter(|from| **from <= depth).count() - 1;
             let standing = Standing { class: (curve * DEPTHS + deeper) as u16, last: now };

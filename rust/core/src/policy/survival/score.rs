@@ -1,12 +1,6 @@
 //! How likely a block is wanted again soon: factors of the hazard, one for each value of each feature.
-//!
-//! At every age a block's hazard is taken to be the one common to all at that age times the factors of its
-//! features' values. The factors are those for which, value by value, as many returns are expected as were
-//! seen; each leans towards 1. A record counts for as long as it was watched, so nothing has to be waited
-//! for, and every lesson goes over all records: what little there is at first is made the most of.
 
-use super::curves::{AGES, LEAN, bin};
-use super::record::{FEATURES, Record, Records};
+use super::record::FEATURES;
 
 /// Values a feature may take.
 pub(super) const VALUES: usize = 16;
@@ -14,19 +8,9 @@ pub(super) const VALUES: usize = 16;
 /// Logarithms of the factors.
 #[derive(Clone)]
 pub(super) struct Score {
-    weights: [[f32; VALUES]; FEATURES],
+    pub(super) weights: [[f32; VALUES]; FEATURES],
     /// Of the returns within the horizon that a block of factor 1 is expected to see.
-    bias: f32,
-}
-
-/// What a record says of returns within the horizon.
-struct Row {
-    features: [u8; FEATURES],
-    /// The age until which it was watched; one past the horizon when it was watched longer.
-    until: u8,
-    returned: bool,
-    /// Its factors' product.
-    factor: f32,
+    pub(super) bias: f32,
 }
 
 impl Score {
@@ -48,62 +32,8 @@ impl Score {
         self.bias + self.factors(features)
     }
 
-    fn factors(&self, features: &[u8; FEATURES]) -> f32 {
+    /// Logarithm of the factors' product.
+    pub(super) fn factors(&self, features: &[u8; FEATURES]) -> f32 {
         features.iter().enumerate().map(|(feature, value)| self.weight(feature, *value)).sum()
     }
-
-    /// Fit the factors once more, feature by feature, to all records: they were near already.
-    pub(super) fn learn(&mut self, records: &Records, horizon: u64, now: u64) {
-        let last = bin(horizon);
-        let row = |record: &Record| {
-            let (age, is_back) = record.watched(now);
-            let at = bin(age);
-            let factor = self.factors(&record.features).exp();
-            Row { features: record.features, until: at.min(last + 1) as u8, returned: is_back && at <= last, factor }
-        };
-        let mut rows: Vec<Row> = records.iter().map(row).collect();
-        let expected = expected(&rows, last);
-        self.bias = expected[last + 1].max(1e-6).ln();
-        for (feature, weights) in self.weights.iter_mut().enumerate() {
-            let (mut seen, mut awaited) = ([0.0f32; VALUES], [0.0f32; VALUES]);
-            for row in &rows {
-                let value = usize::from(row.features[feature]);
-                seen[value] += f32::from(u8::from(row.returned));
-                awaited[value] += row.factor * expected[usize::from(row.until)];
-            }
-            let mut change = [1.0f32; VALUES];
-            for (value, weight) in weights.iter_mut().enumerate() {
-                let before = weight.exp();
-                let factor = (seen[value] + LEAN) / (awaited[value] / before + LEAN);
-                change[value] = factor / before;
-                *weight = factor.ln();
-            }
-            for row in &mut rows {
-                row.factor *= change[usize::from(row.features[feature])];
-            }
-        }
-    }
-}
-
-/// Returns that a block of factor 1 is expected to see until it reaches each age, and within the horizon, which
-/// ends with `last`, behind that.
-fn expected(rows: &[Row], last: usize) -> [f32; AGES + 1] {
-    let (mut seen, mut ended) = ([0.0f32; AGES + 1], [0.0f32; AGES + 1]);
-    for row in rows {
-        seen[usize::from(row.until)] += f32::from(u8::from(row.returned));
-        ended[usize::from(row.until)] += row.factor;
-    }
-    let mut watched: f32 = ended[last + 1..].iter().sum();
-    let mut hazards = [0.0f32; AGES];
-    for age in (0..=last).rev() {
-        watched += ended[age];
-        hazards[age] = (seen[age] + 0.01) / (watched - ended[age] / 2.0 + 1.0);
-    }
-    let (mut expected, mut sum) = ([0.0f32; AGES + 1], 0.0);
-    for (age, hazard) in hazards.iter().enumerate() {
-        expected[age] = sum + hazard / 2.0;
-        sum += hazard;
-    }
-    expected[last + 1] = sum;
-    expected
 }
