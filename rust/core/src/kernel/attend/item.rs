@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::layer::{Cold, Layer, Query, Records, Scoring};
-use super::loads::{Ahead, AsBf16, AsF16, AsF32, AsU8, Load};
+use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
 use super::many;
 use super::mix::{self, Mix};
 use super::rows::{Rows, Segment};

@@ -3,7 +3,8 @@
 //! A key's number is multiplied with that of all queries at once, so that nothing is summed across lanes; with
 //! few queries that sum costs half as much as the products (`scores`), with many it is all there is to save.
 
-use super::loads::{Load, ask_for};
+use super::ahead::ask_for;
+use super::loads::Load;
 use super::scores::Tile;
 use super::unroll::each;
 use crate::kernel::lanes::Words;

@@ -3,7 +3,8 @@
 //! Lanes are channels. A tile of sums stays in registers over all tokens of the page; each value is loaded
 //! once for up to four queries.
 
-use super::loads::{Ahead, Load, ask_for};
+use super::ahead::{Ahead, ask_for};
+use super::loads::Load;
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 

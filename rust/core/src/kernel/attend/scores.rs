@@ -3,7 +3,8 @@
 //! Tiles of four tokens by up to four queries stay in registers: each key is loaded once for all of them, and
 //! four sums are taken at once.
 
-use super::loads::{Ahead, Load, ask_for};
+use super::ahead::{Ahead, ask_for};
+use super::loads::Load;
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
