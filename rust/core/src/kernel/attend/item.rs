@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::ahead::Ahead;
 use super::layer::{Cold, Layer, Query, Records, Scoring};
 use super::loads::{AsBf16, AsF16, AsF32, AsU8, Load};
 use super::many;
@@ -81,7 +82,11 @@ impl Body for Item<'_> {
         prepare(scratch, query, rows, segment, head, group, width, layer.dim, before, scoring.window, dots);
         scratch.turned = count / A::LANES * A::LANES;
         if scratch.turned > 0 {
-            many::turn::<A>(&mut scratch.many, &scratch.queries, scratch.turned, width, layer.dim);
+            if dots {
+                many::turn_pairs::<A>(&mut scratch.many, &scratch.brief, scratch.turned, width, layer.dim);
+            } else {
+                many::turn::<A>(&mut scratch.many, &scratch.queries, scratch.turned, width, layer.dim);
+            }
         }
         let sums_width = (2 * layer.value_dim.div_ceil(2)).next_multiple_of(A::LANES);
         scratch.width = sums_width;
@@ -206,22 +211,24 @@ unsafe fn copy<L: Load>(from: *const L::Raw, to: &mut [f32], scale: f32) {
     }
 }
 
-/// Where a head's part of the next block's page lies, or null where that is a page of another kind: `width`
-/// numbers a token of a full one, else a record of those that `records` names.
+/// What is read behind a head's part of a page: that of the next block's, unless that is a page of another kind.
+/// `width` numbers a token of a full one, else a record of those that `records` names.
 #[inline(always)]
-fn next_part(layer: &Layer, full: *mut u8, width: usize, records: impl Fn(&Cold) -> Records, at: Place) -> *const u8 {
+fn next_part(layer: &Layer, full: *mut u8, width: usize, records: impl Fn(&Cold) -> Records, at: Place) -> Ahead {
     let part = |page: usize| page * layer.kv_heads + at.head;
-    if at.page < layer.pages {
+    let next = if at.page < layer.pages {
         let bytes = layer.block * width * layer.float.size();
         let is_full = at.next < layer.pages;
-        return if is_full { full.wrapping_add(part(at.next as usize) * bytes) } else { std::ptr::null_mut() };
-    }
-    match (layer.record(at.page), layer.record(at.next)) {
-        (Some((own, _)), Some((next, index))) if own.keys.format.bits == next.keys.format.bits => {
-            records(&next).at(part(index))
+        if is_full { full.wrapping_add(part(at.next as usize) * bytes) } else { std::ptr::null_mut() }
+    } else {
+        match (layer.record(at.page), layer.record(at.next)) {
+            (Some((own, _)), Some((next, index))) if own.keys.format.bits == next.keys.format.bits => {
+                records(&next).at(part(index)).cast_mut()
+            }
+            _ => std::ptr::null_mut(),
         }
-        _ => std::ptr::null(),
-    }
+    };
+    Ahead { next, is_wanted: true }
 }
 
 /// Scores of one page's tokens.
@@ -249,7 +256,12 @@ unsafe fn score<A: Words>(
                 Float::F16 => plain::<A, AsF16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
                 Float::Bf16 if dots => {
                     let keys = keys.cast::<u16>().add(first);
-                    scores::bf16_dots::<A>(tile, scratch.brief.as_ptr(), keys, at.tokens, layer.dim);
+                    let turned = scratch.turned;
+                    if turned > 0 {
+                        many::score_bf16::<A>(&scratch.many, tile, turned, keys, at.tokens, layer.dim);
+                    }
+                    let queries = scratch.brief.as_ptr().add(turned * width);
+                    scores::bf16_dots::<A>(tile.below(turned), queries, keys, at.tokens, layer.dim);
                 }
                 Float::Bf16 => plain::<A, AsBf16>(scratch, tile, keys.cast::<u16>().add(first), at.tokens, layer.dim),
             }

@@ -80,19 +80,3 @@ impl Load for AsU8 {
         f32::from(raw)
     }
 }
-
-/// Bytes that memory gives at once.
-const LINE: usize = 64;
-
-/// Ask for `count` numbers from `from` on, which will be read soon; nothing when that is null.
-#[inline(always)]
-pub(super) fn ask_for<A: Arith, R>(from: *const R, count: usize) {
-    if from.is_null() {
-        return;
-    }
-    let mut line = 0;
-    while line < count * size_of::<R>() {
-        A::prefetch(from.cast::<u8>().wrapping_add(line));
-        line += LINE;
-    }
-}

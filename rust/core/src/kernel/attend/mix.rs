@@ -3,7 +3,8 @@
 //! Lanes are channels. A tile of sums stays in registers over all tokens of the page; each value is loaded
 //! once for up to four queries.
 
-use super::loads::{Load, ask_for};
+use super::ahead::{Ahead, ask_for};
+use super::loads::Load;
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
@@ -15,8 +16,7 @@ pub(super) struct Mix {
     pub rows: usize,
     pub sums: *mut f32,
     pub width: usize,
-    /// The page that is read next, of the same shape, or null: its memory is asked for meanwhile.
-    pub ahead: *const u8,
+    pub ahead: Ahead,
 }
 
 impl Mix {
@@ -24,7 +24,7 @@ impl Mix {
     fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
         let (weights, sums) = unsafe { (self.weights.add(rows * self.stride), self.sums.add(rows * self.width)) };
-        Self { weights, sums, rows: self.rows - rows, ahead: std::ptr::null(), ..self }
+        Self { weights, sums, rows: self.rows - rows, ahead: Ahead::NONE, ..self }
     }
 }
 
@@ -99,10 +99,10 @@ unsafe fn columns<A: Arith, L: Load, const R: usize, const W: usize>(
             each!(w < W, { sums[r][w] = A::load_f32(to[r].add(w * A::LANES)) });
         });
         let mut value = values.add(d);
-        let mut ahead = if d == 0 { mix.ahead.cast::<L::Raw>() } else { std::ptr::null() };
+        let mut ahead = mix.ahead.walk(values, tokens, dim);
         for t in 0..tokens {
-            ask_for::<A, _>(ahead, dim);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(dim) };
+            ask_for::<A, _>(ahead.at, d, W * A::LANES);
+            ahead.step(1, dim);
             let mut v = [A::splat(0.0); W];
             each!(w < W, { v[w] = L::vector::<A>(value.add(w * A::LANES)) });
             each!(r < R, {
@@ -189,10 +189,9 @@ unsafe fn nibbles<A: Arith, const R: usize, const W: usize>(
             });
         });
         let mut code = codes.add(j);
-        let mut ahead = if j == 0 { mix.ahead } else { std::ptr::null() };
+        let ahead = if j == 0 { mix.ahead.next } else { std::ptr::null() };
         for t in 0..tokens {
-            ask_for::<A, _>(ahead, half);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(half) };
+            ask_for::<A, _>(ahead, t * half, half);
             let mut v = [(A::splat(0.0), A::splat(0.0)); W];
             each!(w < W, { v[w] = A::load_u4(code.add(w * A::LANES)) });
             each!(r < R, {

@@ -5,6 +5,7 @@
 //! them (Hydragen; Juravsky et al. 2024). Quantized pages are never written out: the scales of keys go
 //! into the query, those of values into the weights.
 
+mod ahead;
 mod append;
 mod exp;
 mod item;

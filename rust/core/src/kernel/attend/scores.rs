@@ -3,7 +3,8 @@
 //! Tiles of four tokens by up to four queries stay in registers: each key is loaded once for all of them, and
 //! four sums are taken at once.
 
-use super::loads::{Load, ask_for};
+use super::ahead::{Ahead, ask_for};
+use super::loads::Load;
 use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
@@ -15,8 +16,7 @@ pub(super) struct Tile {
     pub rows: usize,
     pub scores: *mut f32,
     pub stride: usize,
-    /// The page that is read next, of the same shape, or null: its memory is asked for meanwhile.
-    pub ahead: *const u8,
+    pub ahead: Ahead,
 }
 
 impl Tile {
@@ -33,7 +33,7 @@ impl Tile {
     pub(super) fn below(self, rows: usize) -> Self {
         // SAFETY: the caller has that many rows left.
         let (queries, scores) = unsafe { (self.queries.add(rows * self.width), self.scores.add(rows * self.stride)) };
-        let ahead = if rows == 0 { self.ahead } else { std::ptr::null() };
+        let ahead = if rows == 0 { self.ahead } else { Ahead::NONE };
         Self { queries, scores, rows: self.rows - rows, ahead, ..self }
     }
 }
@@ -65,18 +65,17 @@ pub(super) unsafe fn full<A: Arith, L: Load>(tile: Tile, keys: *const L::Raw, to
 unsafe fn full_rows<A: Arith, L: Load, const R: usize>(tile: Tile, keys: *const L::Raw, tokens: usize, dim: usize) {
     let whole = dim - dim % A::LANES;
     let queries = tile.each_query::<R>();
-    let mut ahead = tile.ahead.cast::<L::Raw>();
+    let mut ahead = tile.ahead.walk(keys, tokens, dim);
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens` and `d + LANES <= whole <= dim` within the loops; the caller's otherwise.
     unsafe {
         while token + 4 <= tokens {
             let key = keys.add(token * dim);
             let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
-            ask_for::<A, _>(ahead, 4 * dim);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(4 * dim) };
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < whole {
+                ask_for::<A, _>(ahead.at, 4 * d, 4 * A::LANES);
                 let mut k = [A::splat(0.0); 4];
                 each!(t < 4, { k[t] = L::vector::<A>(key[t].add(d)) });
                 each!(r < R, {
@@ -93,6 +92,7 @@ unsafe fn full_rows<A: Arith, L: Load, const R: usize>(tile: Tile, keys: *const 
                 }
                 tile.scores.add(r * tile.stride + token).cast::<[f32; 4]>().write_unaligned(found);
             });
+            ahead.step(4, dim);
             token += 4;
         }
         while token < tokens {
@@ -149,7 +149,7 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
     tokens: usize,
     dim: usize,
 ) {
-    let mut ahead = tile.ahead.cast::<u16>();
+    let mut ahead = tile.ahead.walk(keys, tokens, dim);
     let mut token = 0;
     // SAFETY: `token + 4 <= tokens`, and `dim` is a multiple of the step of `d`.
     unsafe {
@@ -158,11 +158,10 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
         while token + 4 <= tokens {
             let key = keys.add(token * dim);
             let key = [key, key.add(dim), key.add(2 * dim), key.add(3 * dim)];
-            ask_for::<A, _>(ahead, 4 * dim);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(4 * dim) };
             let mut sums = [[A::splat(0.0); 4]; R];
             let mut d = 0;
             while d < dim {
+                ask_for::<A, _>(ahead.at, 4 * d, 8 * A::LANES);
                 each!(r < R, {
                     let query = query[r].add(d);
                     each!(t < 4, { sums[r][t] = A::dot_bf16(sums[r][t], key[t].add(d), query) });
@@ -173,6 +172,7 @@ unsafe fn bf16_rows<A: Arith, const R: usize>(
                 let found = A::sums(sums[r]);
                 tile.scores.add(r * tile.stride + token).cast::<[f32; 4]>().write_unaligned(found);
             });
+            ahead.step(4, dim);
             token += 4;
         }
         while token < tokens {
@@ -288,13 +288,12 @@ unsafe fn eights<A: Arith, const R: usize, const W: usize>(
         let mut sums = [[A::splat(0.0); W]; R];
         each!(r < R, { sums[r] = [A::splat(*bias.add(r)); W] });
         let queries = tile.each_query::<R>();
-        let mut ahead = if token == 0 { tile.ahead } else { std::ptr::null() };
+        let ahead = if token == 0 { tile.ahead.next } else { std::ptr::null() };
         let mut code = codes;
         for d in 0..dim {
             let mut k = [A::splat(0.0); W];
             each!(w < W, { k[w] = A::load_u8(code.add(w * A::LANES)) });
-            ask_for::<A, _>(ahead, block);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(block) };
+            ask_for::<A, _>(ahead, d * block, block);
             each!(r < R, {
                 let q = A::splat(*queries[r].add(d));
                 each!(w < W, { sums[r][w] = A::fma(k[w], q, sums[r][w]) });
@@ -323,13 +322,12 @@ unsafe fn fours<A: Arith, const R: usize, const W: usize>(
         each!(r < R, { low[r] = [A::splat(*bias.add(r)); W] });
         let mut high = low;
         let queries = tile.each_query::<R>();
-        let mut ahead = if token == 0 { tile.ahead } else { std::ptr::null() };
+        let ahead = if token == 0 { tile.ahead.next } else { std::ptr::null() };
         let mut code = codes;
         for d in 0..dim {
             let mut k = [(A::splat(0.0), A::splat(0.0)); W];
             each!(w < W, { k[w] = A::load_u4(code.add(w * A::LANES)) });
-            ask_for::<A, _>(ahead, block / 2);
-            ahead = if ahead.is_null() { ahead } else { ahead.wrapping_add(block / 2) };
+            ask_for::<A, _>(ahead, d * (block / 2), block / 2);
             each!(r < R, {
                 let q = A::splat(*queries[r].add(d));
                 each!(w < W, {

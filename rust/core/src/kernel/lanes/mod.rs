@@ -10,6 +10,8 @@ pub use words::Words;
 #[cfg(target_arch = "x86_64")]
 pub use x86::{Avx2, Avx512, Avx512Bf16};
 
+use crate::kernel::half::bf16_to_f32;
+
 /// Vectors of `LANES` float32 and what the kernels do with them.
 ///
 /// The loads are unsafe because they read memory; the rest is only to be called where the set's
@@ -72,6 +74,25 @@ pub trait Arith: Copy + 'static {
     /// # Safety
     /// `2 * LANES` numbers can be read from both.
     unsafe fn dot_bf16(sums: Self::V, a: *const u16, b: *const u16) -> Self::V;
+    /// Add to lane `i` of `sums` the products of the two bfloat16 at `pair` with the two at `b + 2 * i`. Worth calling
+    /// where `DOTS_BF16`.
+    ///
+    /// # Safety
+    /// Two numbers can be read from `pair`, `2 * LANES` from `b`.
+    #[inline(always)]
+    unsafe fn dot_bf16_pair(sums: Self::V, pair: *const u16, b: *const u16) -> Self::V {
+        // SAFETY: the caller's; no vector has more than 16 lanes.
+        unsafe {
+            let (first, second) = (bf16_to_f32(*pair), bf16_to_f32(*pair.add(1)));
+            let mut lanes = [0.0; 16];
+            Self::store(lanes.as_mut_ptr(), sums);
+            for (lane, sum) in lanes[..Self::LANES].iter_mut().enumerate() {
+                let (low, high) = (bf16_to_f32(*b.add(2 * lane)), bf16_to_f32(*b.add(2 * lane + 1)));
+                *sum = Self::mul_add(second, high, Self::mul_add(first, low, *sum));
+            }
+            Self::load_f32(lanes.as_ptr())
+        }
+    }
 }
 
 #[cfg(test)]
@@ -97,7 +118,7 @@ mod tests {
                 lanes
             };
             // SAFETY: every table holds 64 entries, and no vector more than 16.
-            let (a, b, half, brain, byte, (low, high), dot) = unsafe {
+            let (a, b, half, brain, byte, (low, high), dot, paired) = unsafe {
                 (
                     A::load_f32(numbers.as_ptr()),
                     A::load_f32(numbers[16..].as_ptr()),
@@ -106,6 +127,7 @@ mod tests {
                     A::load_u8(bytes.as_ptr()),
                     A::load_u4(bytes.as_ptr()),
                     A::dot_bf16(A::splat(0.5), halves.as_ptr(), halves[32..].as_ptr()),
+                    A::dot_bf16_pair(A::splat(0.5), halves[7..].as_ptr(), halves.as_ptr()),
                 )
             };
             for lane in 0..A::LANES {
@@ -120,6 +142,9 @@ mod tests {
                 assert_eq!(out(byte)[lane], f32::from(bytes[lane]));
                 assert_eq!(out(low)[lane], f32::from(bytes[lane] & 15));
                 assert_eq!(out(high)[lane], f32::from(bytes[lane] >> 4));
+                let product = |i: usize| bf16_to_f32(halves[7 + i]) * bf16_to_f32(halves[2 * lane + i]);
+                let expected = product(0) + product(1) + 0.5;
+                assert!((out(paired)[lane] / expected - 1.0).abs() < 1e-5, "{} is not {expected}", out(paired)[lane]);
             }
             let total: f32 = numbers[..A::LANES].iter().sum();
             assert_eq!(A::sum(a), total);

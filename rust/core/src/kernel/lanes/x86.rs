@@ -233,4 +233,20 @@ impl<const DOTS: bool> Arith for Wide<DOTS> {
             Self::fma(Self::load_bf16(a.add(16)), Self::load_bf16(b.add(16)), first)
         }
     }
+
+    #[inline(always)]
+    unsafe fn dot_bf16_pair(sums: Self::V, pair: *const u16, b: *const u16) -> Self::V {
+        unsafe {
+            let (a, b) = (_mm512_set1_epi32(pair.cast::<i32>().read_unaligned()), _mm512_loadu_si512(b.cast()));
+            if DOTS {
+                let pairs = (std::mem::transmute::<__m512i, __m512bh>(a), std::mem::transmute::<__m512i, __m512bh>(b));
+                return _mm512_dpbf16_ps(sums, pairs.0, pairs.1);
+            }
+            let upper = _mm512_set1_epi32(-65_536);
+            let [first, second] = [_mm512_slli_epi32::<16>(a), _mm512_and_si512(a, upper)];
+            let [low, high] = [_mm512_slli_epi32::<16>(b), _mm512_and_si512(b, upper)];
+            let sums = Self::fma(_mm512_castsi512_ps(first), _mm512_castsi512_ps(low), sums);
+            Self::fma(_mm512_castsi512_ps(second), _mm512_castsi512_ps(high), sums)
+        }
+    }
 }
