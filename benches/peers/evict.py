@@ -4,7 +4,7 @@
 ``victim_alone_us_*`` one a call. ``touch_us``: a block that a text used, when it closes. ``flatness``: a
 victim among 300,000 leaves over one among 10,000. Every leaf is a text of one block, so there are as many
 leaves as pages. The learned order rules throughout (``survival``: no guard); ``lru_*`` is recency.
-``retained_*``: the same pools, every second leaf retained, in ten levels: priorities, with and without a time.
+``retained_*``: the same pools, every second leaf retained in ten levels: priorities, with and without a time.
 cachetools' LRU, whose evictions choose nothing, stands beside where it is installed.
 """
 
