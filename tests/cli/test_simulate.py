@@ -155,6 +155,17 @@ def test_the_plot_has_a_curve_for_each_trace_and_policy(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "j").read_text())) == 3
 
 
+def test_rows_stand_on_one_line_in_a_narrow_terminal(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    path = tmp_path / "long.txt.gz"
+    name = b"a trace whose name takes most of the line it stands on"
+    path.write_bytes(gzip.compress(b'{"name": "%s", "flat": true}\n1\n2\n1\n' % name))
+    result = simulate(path, "--policy", "lru,paged,adaptive", "--size", "100%")
+    assert result.exit_code == 0, result.output
+    rows = [line.split() for line in result.output.splitlines() if "33.333 %" in line]
+    assert [row[0] for row in rows] == ["lru", "paged", "adaptive"]
+
+
 HEADER = b'{"name": "x", "block_tokens": 16}\n'
 GOOD = b'{"t": 0, "in": 32, "out": 1, "h": [0, 2]}\n'
 

@@ -114,7 +114,7 @@ def simulate(
     ],
     policy: Annotated[
         list[str] | None,
-        typer.Option(help="lru or adaptive; again, or with commas, for several.  [default: lru]"),
+        typer.Option(help="lru, paged or adaptive; again, or with commas, for several.  [default: lru]"),
     ] = None,
     size: Annotated[
         list[str] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -24,7 +26,7 @@ from kvhybrid.errors import ConfigError
 from kvhybrid.presets import CacheStrategy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 BATCH = 64
@@ -117,7 +119,7 @@ def run_simulate(
             finally:
                 stop.set()
     if not quiet:
-        console.print(_table(outcomes))
+        console.print(*_tables(outcomes))
     if json_path is not None:
         text = json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n"
         if quiet:
@@ -182,21 +184,22 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("trace", overflow="fold")
-    table.add_column("policy")
-    for heading in ("size", "blocks", "requests", "hits", "hit ratio", "seconds"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        table.add_row(
-            outcome.trace,
-            outcome.policy,
-            f"{outcome.size:,}" if isinstance(outcome.size, int) else f"{outcome.size:.3%}",
-            f"{outcome.blocks:,}",
-            f"{outcome.requests:,}",
-            f"{outcome.hits:,}",
-            f"{outcome.hit_ratio:.3f} %",
-            f"{outcome.seconds:.2f}",
-        )
-    return table
+def _tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
+    """Yield a table a trace: their names are long, and terminals are not wide."""
+    for trace, group in itertools.groupby(outcomes, attrgetter("trace")):
+        found = list(group)
+        title = f"{trace}: {found[0].requests:,} requests, {found[0].references:,} blocks"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("policy")
+        for heading in ("size", "blocks", "hits", "hit ratio", "seconds"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for outcome in found:
+            table.add_row(
+                outcome.policy,
+                f"{outcome.size:,}" if isinstance(outcome.size, int) else f"{outcome.size:.3%}",
+                f"{outcome.blocks:,}",
+                f"{outcome.hits:,}",
+                f"{outcome.hit_ratio:.3f} %",
+                f"{outcome.seconds:.2f}",
+            )
+        yield table
