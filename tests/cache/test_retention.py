@@ -152,6 +152,7 @@ def test_pins_end_with_what_they_were_pinned_for(cache):
         ({"priority": True}, "priority=True"),
         ({"ttl_s": -1}, "ttl_s=-1: must be a number of seconds from 0 to 1000000000"),
         ({"ttl_s": float("nan")}, "ttl_s=nan"),
+        ({"ttl_s": 10**400}, "ttl_s=1000"),
         ({"ttl_s": "60"}, "ttl_s='60'"),
         ({"start": -1}, "start=-1: must be a whole number of at least 0"),
         ({"start": 33}, "start=33: lies behind stop=None, or 32 tokens"),

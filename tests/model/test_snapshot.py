@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 import torch
 from families import make_model
 
-from kvhybrid.model import weights
+import kvhybrid
+from kvhybrid import KVCacheConfig
+from kvhybrid.model import snapshot, weights
 from kvhybrid.model.snapshot import Snapshot
 from kvhybrid.model.weights import ModelState
 
@@ -86,6 +88,16 @@ def take_over_the_data_of_an_inference_tensor(model: PreTrainedModel) -> None:
     weight.data = other
 
 
+def turn_a_square_weight(model: PreTrainedModel) -> None:
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.shape[0] == weight.shape[1]
+    weight.data = weight.data.t()
+
+
+def free_the_memory_of_a_weight(model: PreTrainedModel) -> None:
+    model.lm_head.weight.untyped_storage().resize_(0)
+
+
 CHANGES = [
     put_a_parameter_past_setattr,
     put_a_module_past_setattr,
@@ -101,6 +113,8 @@ CHANGES = [
     cut_the_end_off_a_weight,
     read_a_weight_as_another_dtype,
     take_over_the_data_of_an_inference_tensor,
+    turn_a_square_weight,
+    free_the_memory_of_a_weight,
 ]
 
 
@@ -114,18 +128,18 @@ def snapshot_of(model: PreTrainedModel) -> Snapshot:
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_it_sees(change: Callable[[PreTrainedModel], None]) -> None:
     model = make_model("llama")
-    snapshot = snapshot_of(model)
-    assert snapshot.is_same()
+    taken = snapshot_of(model)
+    assert taken.is_same()
     change(model)
-    assert not snapshot.is_same()
+    assert not taken.is_same()
 
 
 def test_a_forward_pass_changes_nothing_that_it_sees() -> None:
     model = make_model("llama")
-    snapshot = snapshot_of(model)
+    taken = snapshot_of(model)
     model(torch.arange(5)[None])
-    assert snapshot.has_same_modules()
-    assert snapshot.is_same()
+    assert taken.has_same_modules()
+    assert taken.is_same()
 
 
 def test_nothing_is_walked_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +173,69 @@ def test_there_is_none_of_weights_that_come_when_they_are_needed() -> None:
     modules = weights._modules(model)
     assert Snapshot.of(modules, weights._weights(modules)) is None
     assert not ModelState(model).look()
+
+
+class Wrapped(torch.Tensor):
+    """A weight that keeps its numbers in another tensor, as quantized and sharded ones do."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Self:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args = [arg.inner if isinstance(arg, Wrapped) else arg for arg in args]
+        result = function(*args, **(kwargs or {}))
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+def test_weights_that_keep_their_numbers_elsewhere_are_walked_and_never_read() -> None:
+    model = make_model("llama")
+    expected = model(torch.arange(5)[None]).logits
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = torch.nn.Parameter(Wrapped(layer.weight.detach().clone()), requires_grad=False)
+    modules = weights._modules(model)
+    assert Snapshot.of(modules, weights._weights(modules)) is None
+    state = ModelState(model)
+    assert not state.look()
+    assert torch.equal(model(torch.arange(5)[None]).logits, expected)
+    with kvhybrid.attach(model, config=KVCacheConfig(max_tokens=256, block_size=16)) as attachment:
+        found = model.generate(torch.arange(1, 21)[None], max_new_tokens=4, do_sample=False)
+        again = model.generate(torch.arange(1, 21)[None], max_new_tokens=4, do_sample=False)
+        assert torch.equal(found, again)
+        assert attachment.cache.get_stats()["cached_tokens"] == 19
+    layer.weight = torch.nn.Parameter(Wrapped(layer.weight.inner * 2), requires_grad=False)
+    assert state.look()
+
+
+@pytest.mark.parametrize("left", [0, 64])
+def test_weights_whose_memory_is_freed_or_cut_are_not_read(left: int) -> None:
+    model = make_model("llama")
+    state = ModelState(model)
+    model.lm_head.weight.untyped_storage().resize_(left)
+    assert state.look()
+    assert not state.look()
+    modules = weights._modules(model)
+    assert Snapshot.of(modules, weights._weights(modules)) is None
+
+
+def test_a_weight_that_gets_other_data_while_it_is_made_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    weight = model.lm_head.weight
+    kept, other = weight.data, torch.zeros_like(weight)
+    sampled = snapshot._samples
+
+    def swapped(tensors):
+        weight.data = kept
+        return sampled(tensors)
+
+    monkeypatch.setattr(snapshot, "_samples", swapped)
+    weight.data = other
+    modules = weights._modules(model)
+    assert Snapshot.of(modules, weights._weights(modules)) is None
 
 
 def test_there_is_none_of_compiled_modules() -> None:

@@ -14,6 +14,8 @@ def test_a_cache_has_this_versions_name_whichever_it_came_under():
     assert with_cache_named(rest | over(2)) == rest | {CACHE: 2}
     assert with_cache_named(rest | {other: 2}) == rest | {CACHE: 2}
     assert with_cache_named(rest | {other: 2, CACHE: 3}) == rest | {CACHE: 3}
+    assert with_cache_named(rest | {other: 2, CACHE: None}) == rest | {CACHE: 2}
+    assert with_cache_named(rest | {other: None}) == rest | {CACHE: None}
 
 
 def test_columns_fed_are_a_number_or_as_many_as_positions():

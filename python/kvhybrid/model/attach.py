@@ -142,7 +142,8 @@ class Attachment:
         """Say that the weights are others now, so that nothing computed with the old ones is found.
 
         Optimizer steps, ``load_state_dict``, other adapters and new hooks are noticed without it; a
-        write through ``.data`` to a few values, or a hook that does something else now, is not.
+        write through ``.data`` to a few values, or into what a quantized or sharded weight is made of, or a
+        hook that does something else now, is not.
         """
         self.weights.invalidate()
 

@@ -51,13 +51,13 @@ def over(cache: object) -> dict[str, Any]:
 def with_cache_named(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call with its cache under this version's name, whichever name it came under.
 
-    Of two the one of this version's name stays, as in transformers.
+    Of two the one of this version's name stays, as in transformers, unless it is None.
     """
     if not any(name in kwargs for name in CACHE_NAMES if name != CACHE):
         return kwargs
     named = {name: value for name, value in kwargs.items() if name not in CACHE_NAMES}
-    given = [kwargs[name] for name in (CACHE, *CACHE_NAMES) if name in kwargs]
-    return named | over(given[0])
+    given = (kwargs.get(name) for name in (CACHE, *CACHE_NAMES))
+    return named | over(next((cache for cache in given if cache is not None), None))
 
 
 def columns_fed(query: int | torch.Tensor) -> int:

@@ -84,7 +84,8 @@ class ModelState:
 
     def survey(self) -> None:
         """Find the adapters, hooks and dropout among the model's modules. Weights are not looked at."""
-        if self._snapshot is None or not self._snapshot.has_same_modules():
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.has_same_modules():
             self._survey(_modules(self._model))
 
     def _survey(self, modules: list[torch.nn.Module]) -> None:
@@ -98,7 +99,8 @@ class ModelState:
 
         Where nothing at all has changed, a snapshot says so at a fraction of the price.
         """
-        if self._snapshot is not None and self._snapshot.is_same():
+        known = self._snapshot
+        if known is not None and known.is_same():
             return False
         modules = _modules(self._model)
         weights = _weights(modules)
@@ -110,7 +112,11 @@ class ModelState:
         return has_changed
 
     def _compare(self, watched: list[torch.Tensor]) -> bool:
-        seen: list[object] = [(tensor.data_ptr(), tensor.shape, tensor.dtype) for tensor in watched]
+        # Of kinds that keep their numbers elsewhere (quantized, sharded) the tensor itself is its place.
+        seen: list[object] = [
+            (tensor.data_ptr() or id(tensor), tensor.shape, tensor.stride(), tensor.dtype)
+            for tensor in watched
+        ]
         if seen == self._seen:
             return self.glance()
         self._watched, self._seen = watched, seen

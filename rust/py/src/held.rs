@@ -6,6 +6,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::ffi;
 use pyo3::prelude::*;
+use pyo3::sync::critical_section::with_critical_section;
 use pyo3::types::{PyBytes, PyDict, PyList, PyTuple};
 
 use crate::buffers::with_int64;
@@ -45,12 +46,21 @@ pub fn holds(
             continue; // most of them, and then there is nothing behind it to look at
         }
         let (mut at, mut value) = (0, std::ptr::null_mut());
-        // SAFETY: we are attached, and nothing here changes the dictionary. Not through its iterator: that takes
-        // a reference to each value, and so waits for the memory of every one.
-        while unsafe { ffi::PyDict_Next(dict.as_ptr(), &raw mut at, std::ptr::null_mut(), &raw mut value) } != 0 {
-            if known.next().is_none_or(|known| known.as_ptr() != value) {
-                return Ok(false);
+        let mut is_same = true;
+        // Without a global lock, another thread may write to the dictionary.
+        with_critical_section(&dict, || {
+            let at = &raw mut at;
+            let found = &raw mut value;
+            // SAFETY: we are attached, and nothing here changes the dictionary. Not through its iterator: that takes
+            // a reference to each value, and so waits for the memory of every one.
+            while is_same && unsafe { ffi::PyDict_Next(dict.as_ptr(), at, std::ptr::null_mut(), found) } != 0 {
+                // SAFETY: the call above has written it.
+                let value = unsafe { *found };
+                is_same = known.next().is_some_and(|known| known.as_ptr() == value);
             }
+        });
+        if !is_same {
+            return Ok(false);
         }
     }
     Ok(known.next().is_none())
