@@ -214,21 +214,14 @@ impl Times for Pairs {
         unsafe {
             let mut key = [keys; T];
             each!(t < T, { key[t] = keys.add(t * dim) });
-            // Two sums a token: one product waits for the one before it, and eight are too few to wait for.
-            let mut sums = [[A::splat(0.0); 2]; T];
+            let mut sums = [A::splat(0.0); T];
             let mut d = 0;
-            while d + 4 <= dim {
-                let query = queries.add(d / 2 * A::LANES);
-                each!(t < T, { sums[t][0] = A::dot_bf16_pair(sums[t][0], key[t].add(d), query.cast()) });
-                let query = query.add(A::LANES);
-                each!(t < T, { sums[t][1] = A::dot_bf16_pair(sums[t][1], key[t].add(d + 2), query.cast()) });
-                d += 4;
-            }
-            if d < dim {
+            while d < dim {
                 let query = queries.add(d / 2 * A::LANES).cast();
-                each!(t < T, { sums[t][0] = A::dot_bf16_pair(sums[t][0], key[t].add(d), query) });
+                each!(t < T, { sums[t] = A::dot_bf16_pair(sums[t], key[t].add(d), query) });
+                d += 2;
             }
-            each!(t < T, { A::store(to.add(t * A::LANES), A::add(sums[t][0], sums[t][1])) });
+            each!(t < T, { A::store(to.add(t * A::LANES), sums[t]) });
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Weights times values: what every query of a KV head takes from the tokens of one page.
 //!
 //! Lanes are channels. A tile of sums stays in registers over all tokens of the page; each value is loaded
-//! once for up to four queries, or eight of bfloat16, which must be widened first.
+//! once for up to four queries.
 
 use super::ahead::{Ahead, ask_for};
 use super::loads::Load;
 use super::unroll::each;
-use crate::kernel::lanes::{Arith, Words};
+use crate::kernel::lanes::Arith;
 
 /// Where weights come from and sums go: `rows` of each, `stride` and `width` numbers apart.
 #[derive(Clone, Copy)]
@@ -33,14 +33,10 @@ impl Mix {
 /// # Safety
 /// The rows hold `tokens` weights and `dim` sums; `values` holds `tokens * dim`.
 #[inline(always)]
-pub(super) unsafe fn full<A: Words, L: Load>(mix: Mix, values: *const L::Raw, tokens: usize, dim: usize) {
+pub(super) unsafe fn full<A: Arith, L: Load>(mix: Mix, values: *const L::Raw, tokens: usize, dim: usize) {
     let mut mix = mix;
     // SAFETY: each call stays within the rows that are left.
     unsafe {
-        while A::LANES == 16 && L::IN_TURNS && mix.rows >= 8 {
-            full_rows::<A, L, 8>(mix, values, tokens, dim);
-            mix = mix.below(8);
-        }
         while A::LANES == 16 && mix.rows >= 4 {
             full_rows::<A, L, 4>(mix, values, tokens, dim);
             mix = mix.below(4);
@@ -56,11 +52,11 @@ pub(super) unsafe fn full<A: Words, L: Load>(mix: Mix, values: *const L::Raw, to
 }
 
 #[inline(always)]
-unsafe fn full_rows<A: Words, L: Load, const R: usize>(mix: Mix, values: *const L::Raw, tokens: usize, dim: usize) {
+unsafe fn full_rows<A: Arith, L: Load, const R: usize>(mix: Mix, values: *const L::Raw, tokens: usize, dim: usize) {
     let mut d = 0;
     // SAFETY: tiles end within `dim`.
     unsafe {
-        while A::LANES == 16 && R <= 4 && d + 4 * A::LANES <= dim {
+        while A::LANES == 16 && d + 4 * A::LANES <= dim {
             columns::<A, L, R, 4>(mix, values, tokens, dim, d);
             d += 4 * A::LANES;
         }
@@ -85,7 +81,7 @@ unsafe fn full_rows<A: Words, L: Load, const R: usize>(mix: Mix, values: *const 
 }
 
 #[inline(always)]
-unsafe fn columns<A: Words, L: Load, const R: usize, const W: usize>(
+unsafe fn columns<A: Arith, L: Load, const R: usize, const W: usize>(
     mix: Mix,
     values: *const L::Raw,
     tokens: usize,
@@ -101,7 +97,6 @@ unsafe fn columns<A: Words, L: Load, const R: usize, const W: usize>(
             to[r] = mix.sums.add(r * mix.width + d);
             weights[r] = mix.weights.add(r * mix.stride);
             each!(w < W, { sums[r][w] = A::load_f32(to[r].add(w * A::LANES)) });
-            in_turns::<A, L, W>(&mut sums[r], A::unzip);
         });
         let mut value = values.add(d);
         let mut ahead = mix.ahead.walk(values, tokens, dim);
@@ -109,38 +104,15 @@ unsafe fn columns<A: Words, L: Load, const R: usize, const W: usize>(
             ask_for::<A, _>(ahead.at, d, W * A::LANES);
             ahead.step(1, dim);
             let mut v = [A::splat(0.0); W];
-            each!(w < W, {
-                if !W.is_multiple_of(2) {
-                    v[w] = L::vector::<A>(value.add(w * A::LANES));
-                } else if w.is_multiple_of(2) {
-                    (v[w], v[w + 1]) = L::two::<A>(value.add(w * A::LANES));
-                }
-            });
+            each!(w < W, { v[w] = L::vector::<A>(value.add(w * A::LANES)) });
             each!(r < R, {
                 let weight = A::splat(*weights[r].add(t));
                 each!(w < W, { sums[r][w] = A::fma(v[w], weight, sums[r][w]) });
             });
             value = value.wrapping_add(dim);
         }
-        each!(r < R, {
-            in_turns::<A, L, W>(&mut sums[r], A::zip);
-            each!(w < W, { A::store(to[r].add(w * A::LANES), sums[r][w]) });
-        });
+        each!(r < R, { each!(w < W, { A::store(to[r].add(w * A::LANES), sums[r][w]) }) });
     }
-}
-
-/// `A::zip` or `A::unzip`.
-type Shuffle<W> = fn(W, W) -> (W, W);
-
-/// Order sums as `L::two` orders values (`A::unzip`), or as they lie in memory (`A::zip`).
-#[inline(always)]
-fn in_turns<A: Words, L: Load, const W: usize>(sums: &mut [A::V; W], turn: Shuffle<A::W>) {
-    each!(w < W, {
-        if L::IN_TURNS && W.is_multiple_of(2) && w.is_multiple_of(2) {
-            let (a, b) = turn(A::bits(sums[w]), A::bits(sums[w + 1]));
-            (sums[w], sums[w + 1]) = (A::from_bits(a), A::from_bits(b));
-        }
-    });
 }
 
 /// Add codes of 4 bits, `[tokens][ceil(dim / 2)]` bytes: byte j holds channel j and channel j + ceil(dim / 2).

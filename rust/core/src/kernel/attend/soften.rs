@@ -3,7 +3,6 @@
 use super::exp::{exp, soft_cap};
 use super::item::Scratch;
 use super::layer::Scoring;
-use super::unroll::each;
 use crate::kernel::lanes::Arith;
 
 /// Turn a chunk's scores into weights, relative to the largest score so far (the online softmax of Milakov and
@@ -53,12 +52,13 @@ pub(super) fn soften<A: Arith>(
     }
 }
 
-/// Vectors that are folded side by side, none waiting for the one before it.
-const ABREAST: usize = 4;
-
 #[inline(always)]
 fn largest<A: Arith>(scores: &[f32]) -> f32 {
-    let lanes = folded::<A>(scores, f32::NEG_INFINITY, A::max);
+    let mut lanes = A::splat(f32::NEG_INFINITY);
+    for part in scores.chunks_exact(A::LANES) {
+        // SAFETY: a whole vector.
+        lanes = A::max(lanes, unsafe { A::load_f32(part.as_ptr()) });
+    }
     let mut out = [f32::NEG_INFINITY; 16];
     // SAFETY: no vector has more lanes.
     unsafe { A::store(out.as_mut_ptr(), lanes) };
@@ -67,21 +67,10 @@ fn largest<A: Arith>(scores: &[f32]) -> f32 {
 
 #[inline(always)]
 fn total<A: Arith>(weights: &[f32]) -> f32 {
-    A::sum(folded::<A>(weights, 0.0, A::add))
-}
-
-/// What is left of whole vectors, folded into one.
-#[inline(always)]
-fn folded<A: Arith>(numbers: &[f32], neutral: f32, fold: fn(A::V, A::V) -> A::V) -> A::V {
-    let mut lanes = [A::splat(neutral); ABREAST];
-    let mut parts = numbers.chunks_exact(ABREAST * A::LANES);
-    for part in &mut parts {
-        // SAFETY: that many whole vectors.
-        each!(i < ABREAST, { lanes[i] = fold(lanes[i], unsafe { A::load_f32(part.as_ptr().add(i * A::LANES)) }) });
-    }
-    for part in parts.remainder().chunks_exact(A::LANES) {
+    let mut lanes = A::splat(0.0);
+    for part in weights.chunks_exact(A::LANES) {
         // SAFETY: a whole vector.
-        lanes[0] = fold(lanes[0], unsafe { A::load_f32(part.as_ptr()) });
+        lanes = A::add(lanes, unsafe { A::load_f32(part.as_ptr()) });
     }
-    fold(fold(lanes[0], lanes[1]), fold(lanes[2], lanes[3]))
+    A::sum(lanes)
 }
