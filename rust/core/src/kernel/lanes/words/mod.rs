@@ -85,8 +85,6 @@ pub trait Words: Arith {
             Self::store_bf16(to.add(Self::LANES), b);
         }
     }
-    /// The first and the second of the two bfloat16 in each word, widened.
-    fn brains(pairs: Self::W) -> (Self::V, Self::V);
 }
 
 #[cfg(test)]
@@ -142,7 +140,6 @@ mod tests {
             };
             assert_eq!(two(A::store_bf16_two), [brain.clone(), halves(A::store_bf16, y)].concat());
             assert_eq!(two(A::store_f16_two), [near.clone(), halves(A::store_f16, y)].concat());
-            let (first, second) = A::brains(a);
             let mut bytes = vec![0_u8; lanes];
             // SAFETY: likewise.
             unsafe { A::store_bytes(bytes.as_mut_ptr(), a) };
@@ -161,8 +158,6 @@ mod tests {
                 assert_eq!(out(A::bits(A::field(a, 20, 255)))[i], (((words[i] >> 20) & 255) as f32).to_bits());
                 assert_eq!(out(A::top(A::bits(A::splat(20.0)), x))[i], p.abs().max(20.0).to_bits());
                 assert_eq!(out(A::bits(A::from_bits(a)))[i], words[i]);
-                assert_eq!(out(A::bits(first))[i], words[i] << 16);
-                assert_eq!(out(A::bits(second))[i], words[i] & 0xffff_0000);
                 assert_eq!(bytes[i], words[i] as u8);
                 assert!(
                     f16_to_f32(down[i]) <= p

@@ -86,11 +86,6 @@ impl Words for Portable {
     }
 
     #[inline(always)]
-    fn brains(pairs: Self::W) -> (Self::V, Self::V) {
-        (each(|i| f32::from_bits(pairs[i] << 16)), each(|i| f32::from_bits(pairs[i] & 0xffff_0000)))
-    }
-
-    #[inline(always)]
     unsafe fn load_words(from: *const u32) -> Self::W {
         // SAFETY: the caller's.
         unsafe { from.cast::<Self::W>().read_unaligned() }

@@ -86,14 +86,6 @@ impl Words for Avx2 {
     }
 
     #[inline(always)]
-    fn brains(pairs: Self::W) -> (Self::V, Self::V) {
-        unsafe {
-            let (first, second) = (_mm256_slli_epi32::<16>(pairs), _mm256_and_si256(pairs, _mm256_set1_epi32(-65_536)));
-            (_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
-        }
-    }
-
-    #[inline(always)]
     unsafe fn load_words(from: *const u32) -> Self::W {
         unsafe { _mm256_loadu_si256(from.cast()) }
     }
@@ -243,14 +235,6 @@ impl<const DOTS: bool> Words for Wide<DOTS> {
             let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
             let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
             (_mm512_permutex2var_epi32(a, even, b), _mm512_permutex2var_epi32(a, odd, b))
-        }
-    }
-
-    #[inline(always)]
-    fn brains(pairs: Self::W) -> (Self::V, Self::V) {
-        unsafe {
-            let (first, second) = (_mm512_slli_epi32::<16>(pairs), _mm512_and_si512(pairs, _mm512_set1_epi32(-65_536)));
-            (_mm512_castsi512_ps(first), _mm512_castsi512_ps(second))
         }
     }
 
