@@ -96,21 +96,27 @@ impl<N: Number> super::Room<N> for Room<N> {
         self.scales.read(&rest[..4 * format.width]);
         let words = to_rows::<A>(&mut self.words, &mut self.other, format.row() / TOKENS);
         for (row, words) in words.chunks_exact(width).enumerate() {
-            for first in (0..width).step_by(A::LANES) {
-                let (scale, low) = self.scales.load::<A>(first);
-                // SAFETY: a slice of `LANES`; as many rows, of whole vectors.
+            for first in (0..width).step_by(2 * A::LANES) {
+                // The last of an odd count of vectors stands for its own neighbour.
+                let is_pair = first + A::LANES < width;
+                let second = if is_pair { first + A::LANES } else { first };
+                let (a, b) = (self.scales.load::<A>(first), self.scales.load::<A>(second));
+                // SAFETY: slices of `LANES`; as many rows, of whole vectors.
                 unsafe {
-                    let word = A::load_words(words[first..first + A::LANES].as_ptr());
+                    let left = A::load_words(words[first..first + A::LANES].as_ptr());
+                    let right = A::load_words(words[second..second + A::LANES].as_ptr());
                     for i in 0..TOKENS {
                         let (token, shift) = (TOKENS * row + i, 8 * i as u32);
-                        if format.bits == Bits::Eight {
-                            let x = A::fma(A::field(word, shift, 255), scale, low);
-                            N::store::<A>(target.at(token, first), x);
-                        } else {
-                            let x = A::fma(A::field(word, shift, 15), scale, low);
-                            N::store::<A>(target.at(token, first), x);
-                            let x = A::fma(A::field(word, shift + 4, 15), scale, low);
-                            N::store::<A>(target.at(token + format.block / 2, first), x);
+                        let (rows, mask) = if format.bits == Bits::Eight { (1, 255) } else { (2, 15) };
+                        for half in 0..rows {
+                            let shift = shift + 4 * half as u32;
+                            let to = target.at(token + half * (format.block / 2), first);
+                            let x = A::fma(A::field(left, shift, mask), a.0, a.1);
+                            if is_pair {
+                                N::store_two::<A>(to, x, A::fma(A::field(right, shift, mask), b.0, b.1));
+                            } else {
+                                N::store::<A>(to, x);
+                            }
                         }
                     }
                 }

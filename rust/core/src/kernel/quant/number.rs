@@ -15,6 +15,19 @@ pub trait Number: Copy + Default {
     /// # Safety
     /// There is room for them.
     unsafe fn store<A: Words>(to: *mut Self, v: A::V);
+
+    /// The same of two vectors, side by side.
+    ///
+    /// # Safety
+    /// There is room for them.
+    #[inline(always)]
+    unsafe fn store_two<A: Words>(to: *mut Self, a: A::V, b: A::V) {
+        // SAFETY: the caller's.
+        unsafe {
+            Self::store::<A>(to, a);
+            Self::store::<A>(to.add(A::LANES), b);
+        }
+    }
 }
 
 impl Number for f32 {
@@ -48,6 +61,12 @@ impl Number for Half {
         // SAFETY: the caller's.
         unsafe { A::store_f16(to.cast(), v) }
     }
+
+    #[inline(always)]
+    unsafe fn store_two<A: Words>(to: *mut Self, a: A::V, b: A::V) {
+        // SAFETY: the caller's.
+        unsafe { A::store_f16_two(to.cast(), a, b) }
+    }
 }
 
 /// The upper half of a binary32.
@@ -66,6 +85,12 @@ impl Number for Brain {
     unsafe fn store<A: Words>(to: *mut Self, v: A::V) {
         // SAFETY: the caller's.
         unsafe { A::store_bf16(to.cast(), v) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_two<A: Words>(to: *mut Self, a: A::V, b: A::V) {
+        // SAFETY: the caller's.
+        unsafe { A::store_bf16_two(to.cast(), a, b) }
     }
 }
 

@@ -313,8 +313,27 @@ unsafe fn decode<A: Words, N: Number, const SCALED: bool>(
         // A vector may read behind its row, and at last from the scales.
         let bytes = record[token * format.row()..][..laid.half].as_ptr();
         let (scale, low) = (A::splat(room.highs[token]), A::splat(room.lows[token]));
-        for channel in (0..laid.half).step_by(A::LANES) {
+        let pairs = laid.half - laid.half % (2 * A::LANES);
+        for channel in (0..pairs).step_by(2 * A::LANES) {
             // SAFETY: within the slice, which is whole vectors long; as many rows and channels.
+            unsafe {
+                let (left, right) = (bytes.add(channel), bytes.add(channel + A::LANES));
+                if format.bits == Bits::Eight {
+                    let (a, b) = (A::fma(A::load_u8(left), scale, low), A::fma(A::load_u8(right), scale, low));
+                    store_two::<A, N, SCALED>(target, powers, token, channel, a, b);
+                } else {
+                    let (a, b) = (A::load_u4(left), A::load_u4(right));
+                    let first = (A::fma(a.0, scale, low), A::fma(b.0, scale, low));
+                    store_two::<A, N, SCALED>(target, powers, token, channel, first.0, first.1);
+                    if laid.second > 0 {
+                        let second = (A::fma(a.1, scale, low), A::fma(b.1, scale, low));
+                        store_two::<A, N, SCALED>(target, powers, token, laid.half + channel, second.0, second.1);
+                    }
+                }
+            }
+        }
+        for channel in (pairs..laid.half).step_by(A::LANES) {
+            // SAFETY: likewise.
             unsafe {
                 if format.bits == Bits::Eight {
                     let x = A::fma(A::load_u8(bytes.add(channel)), scale, low);
@@ -348,5 +367,29 @@ unsafe fn store<A: Words, N: Number, const SCALED: bool>(
     unsafe {
         let x = if SCALED { A::mul(x, A::load_f32(powers.add(channel))) } else { x };
         N::store::<A>(target.at(token, channel), x);
+    }
+}
+
+/// The same of two vectors, side by side.
+///
+/// # Safety
+/// As `store`.
+#[inline(always)]
+unsafe fn store_two<A: Words, N: Number, const SCALED: bool>(
+    target: Rows<N>,
+    powers: *const f32,
+    token: usize,
+    channel: usize,
+    a: A::V,
+    b: A::V,
+) {
+    // SAFETY: the caller's.
+    unsafe {
+        let (mut a, mut b) = (a, b);
+        if SCALED {
+            a = A::mul(a, A::load_f32(powers.add(channel)));
+            b = A::mul(b, A::load_f32(powers.add(channel + A::LANES)));
+        }
+        N::store_two::<A>(target.at(token, channel), a, b);
     }
 }

@@ -56,11 +56,35 @@ pub trait Words: Arith {
     /// # Safety
     /// `LANES` numbers can be written.
     unsafe fn store_f16(to: *mut u16, v: Self::V);
-    /// Store the nearest bfloat16 of numbers that are far from overflowing.
+    /// The same of two vectors, side by side.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers can be written.
+    #[inline(always)]
+    unsafe fn store_f16_two(to: *mut u16, a: Self::V, b: Self::V) {
+        // SAFETY: the caller's.
+        unsafe {
+            Self::store_f16(to, a);
+            Self::store_f16(to.add(Self::LANES), b);
+        }
+    }
+    /// Store the nearest bfloat16 of numbers that are far from overflowing; subnormal ones may become zero.
     ///
     /// # Safety
     /// `LANES` numbers can be written.
     unsafe fn store_bf16(to: *mut u16, v: Self::V);
+    /// The same of two vectors, side by side.
+    ///
+    /// # Safety
+    /// `2 * LANES` numbers can be written.
+    #[inline(always)]
+    unsafe fn store_bf16_two(to: *mut u16, a: Self::V, b: Self::V) {
+        // SAFETY: the caller's.
+        unsafe {
+            Self::store_bf16(to, a);
+            Self::store_bf16(to.add(Self::LANES), b);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -100,13 +124,22 @@ mod tests {
             let zipped = [out(left), out(right)].concat();
             let (even, odd) = A::unzip(left, right);
             assert_eq!((out(even), out(odd)), (out(a), out(b)));
-            let halves = |store: unsafe fn(*mut u16, A::V)| {
+            let halves = |store: unsafe fn(*mut u16, A::V), v: A::V| {
                 let mut found = vec![0; lanes];
                 // SAFETY: the room is as long as the vector.
-                unsafe { store(found.as_mut_ptr(), x) };
+                unsafe { store(found.as_mut_ptr(), v) };
                 found
             };
-            let (down, near, brain) = (halves(A::store_f16_down), halves(A::store_f16), halves(A::store_bf16));
+            let down = halves(A::store_f16_down, x);
+            let (near, brain) = (halves(A::store_f16, x), halves(A::store_bf16, x));
+            let two = |store: unsafe fn(*mut u16, A::V, A::V)| {
+                let mut found = vec![0; 2 * lanes];
+                // SAFETY: the room is as long as two vectors.
+                unsafe { store(found.as_mut_ptr(), x, y) };
+                found
+            };
+            assert_eq!(two(A::store_bf16_two), [brain.clone(), halves(A::store_bf16, y)].concat());
+            assert_eq!(two(A::store_f16_two), [near.clone(), halves(A::store_f16, y)].concat());
             let mut bytes = vec![0_u8; lanes];
             // SAFETY: likewise.
             unsafe { A::store_bytes(bytes.as_mut_ptr(), a) };

@@ -122,14 +122,50 @@ impl Words for Avx2 {
     #[inline(always)]
     unsafe fn store_bf16(to: *mut u16, v: Self::V) {
         unsafe {
-            let bits = _mm256_castps_si256(v);
-            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-            let rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-            let words = _mm256_srli_epi32::<16>(rounded);
+            let words = _mm256_srli_epi32::<16>(rounded_to_bf16(v));
             let halves = _mm256_packus_epi32(words, words);
             let joined = _mm256_permute4x64_epi64::<0b11_01_10_00>(halves);
             _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(joined));
         }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_two(to: *mut u16, a: Self::V, b: Self::V) {
+        unsafe {
+            let words = (_mm256_srli_epi32::<16>(rounded_to_bf16(a)), _mm256_srli_epi32::<16>(rounded_to_bf16(b)));
+            let halves = _mm256_packus_epi32(words.0, words.1);
+            _mm256_storeu_si256(to.cast(), _mm256_permute4x64_epi64::<0b11_01_10_00>(halves));
+        }
+    }
+}
+
+/// The nearest binary16, finite ones of what is finite.
+#[inline(always)]
+fn halves(v: __m512) -> __m256i {
+    unsafe {
+        let low = _mm512_max_ps(v, _mm512_set1_ps(-65_504.0));
+        let held = _mm512_min_ps(low, _mm512_set1_ps(65_504.0));
+        _mm512_cvtps_ph::<NEAREST>(held)
+    }
+}
+
+/// The nearest bfloat16 in the upper half of each word.
+#[inline(always)]
+fn rounded_to_bf16(v: __m256) -> __m256i {
+    unsafe {
+        let bits = _mm256_castps_si256(v);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)))
+    }
+}
+
+/// The same in 512 bits.
+#[inline(always)]
+fn rounded_to_bf16_wide(v: __m512) -> __m512i {
+    unsafe {
+        let bits = _mm512_castps_si512(v);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)))
     }
 }
 
@@ -225,19 +261,44 @@ impl<const DOTS: bool> Words for Wide<DOTS> {
     #[inline(always)]
     unsafe fn store_f16(to: *mut u16, v: Self::V) {
         unsafe {
-            let low = _mm512_max_ps(v, _mm512_set1_ps(-65_504.0));
-            let held = _mm512_min_ps(low, _mm512_set1_ps(65_504.0));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtps_ph::<NEAREST>(held));
+            _mm256_storeu_si256(to.cast(), halves(v));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_f16_two(to: *mut u16, a: Self::V, b: Self::V) {
+        unsafe {
+            let both = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(halves(a)), halves(b));
+            _mm512_storeu_si512(to.cast(), both);
         }
     }
 
     #[inline(always)]
     unsafe fn store_bf16(to: *mut u16, v: Self::V) {
         unsafe {
-            let bits = _mm512_castps_si512(v);
-            let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-            let rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded)));
+            if DOTS {
+                let halves = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+                return _mm256_storeu_si256(to.cast(), halves);
+            }
+            let words = _mm512_srli_epi32::<16>(rounded_to_bf16_wide(v));
+            _mm256_storeu_si256(to.cast(), _mm512_cvtepi32_epi16(words));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16_two(to: *mut u16, a: Self::V, b: Self::V) {
+        unsafe {
+            if DOTS {
+                let halves = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(b, a));
+                return _mm512_storeu_si512(to.cast(), halves);
+            }
+            // A shuffle that takes the upper half of every word of both.
+            let first = _mm512_set1_epi32(0x0002_0000);
+            let steps = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+            let both = _mm512_or_si512(steps, _mm512_slli_epi32::<16>(steps));
+            let upper = _mm512_add_epi32(_mm512_add_epi32(both, first), _mm512_set1_epi32(0x0001_0001));
+            let (a, b) = (rounded_to_bf16_wide(a), rounded_to_bf16_wide(b));
+            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(a, upper, b));
         }
     }
 }
