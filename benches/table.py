@@ -25,7 +25,6 @@ DECODE = (
 )
 REPRODUCIBLE = "{reproducible_prefill_ratio:.2f} times the usual in float32"
 COLD = "{overhead_128:.3f} times the model's own time; 2,048 in: {overhead_2k:.3f}"
-WARM = "{shared_2k_ours_ms:,.0f} ms; untouched model {shared_2k_plain_ms:,.0f}"
 LAYER = "{layer8b_bf16_ours_us:,.0f} us; torch as called {layer8b_bf16_called_us:,.0f}"
 CODEC = "{f32_int8_quantize_gb_per_s:.0f} / {f32_int8_dequantize_gb_per_s:.0f} GB/s"
 LADDER = (
@@ -38,12 +37,10 @@ ROWS = [
     ("cycle", "a cached request, 128 / 32,768 tokens", "{hot_128_us:.1f} / {hot_32768_us:.1f} us"),
     ("cycle", "a new one, pool full", EVICTING),
     ("cycle", "a decode step of 256 sequences", "{decode_256_us:.1f} us"),
-    ("cycle", "books of a cached block of 16", "{bytes_per_block:.0f} bytes"),
     ("ttft", "first token behind {shared_tokens:,.0f} shared, float32", TTFT.format("f32")),
     ("ttft", "the same, bfloat16", TTFT.format("bf16")),
     ("ttft", "a prefill of {reproducible_tokens:,.0f} with `reproducible`", REPRODUCIBLE),
     ("generate", "`generate`, 128 new tokens in, 64 out, attached", COLD),
-    ("generate", "first token behind 2,048 shared, float32", WARM),
     ("decode", "a token at 8k of context, float32", DECODE.format("f32")),
     ("decode", "the same, bfloat16", DECODE.format("bf16")),
     ("decode", "the same over pages of 8 / 4 bits", "{bf16_8k_int8_ms:.1f} / {bf16_8k_int4_ms:.1f} ms"),
