@@ -1,5 +1,7 @@
 """What the engine says of the time after an answer, and of requests that wait."""
 
+from functools import partial
+
 import anyio
 import anyio.lowlevel
 import numpy as np
@@ -115,6 +117,45 @@ async def test_a_dropped_conversation_leaves_first_but_for_what_others_had_befor
         assert cached(engine, ids(engine, B)) == 40
         evict_down_to(engine, ids(engine, B), 0)
         assert cached(engine, held(session)) >= 40, "the beginning is others', and in no hurry"
+
+
+async def test_a_conversation_that_is_dropped_during_a_turn_leaves_first_all_the_same(
+    make_engine, llama, gate
+):
+    async with make_engine() as engine:
+        session = engine.session("a")
+        session.retain(priority=50)
+        await session.send(A, max_length=4)
+        turn = gate(llama)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(session.send, "two", max_length=4))
+            await turn.reached()
+            assert engine.drop_session("a")
+            turn.open()
+        assert session.num_turns == 2
+        await ask(engine, B)
+        evict_down_to(engine, held(session), 0)
+        assert cached(engine, ids(engine, B)) == 40
+        stats = engine.get_stats()
+        assert stats["evicted_ttl_pages"] == stats["evicted_pages"] > 0
+
+
+async def test_a_conversation_that_is_dropped_during_a_turn_that_fails_leaves_first(make_engine, llama, gate):
+    async with make_engine() as engine:
+        await ask(engine, B)
+        session = engine.session("a")
+        session.retain(priority=50)
+        await session.send(A, max_length=4)
+        turn = gate(llama)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(partial(session.send, "two", max_length=4))
+            await turn.reached()
+            assert engine.drop_session("a")
+            tasks.cancel_scope.cancel()
+            turn.open()
+        assert session.num_turns == 1
+        evict_down_to(engine, held(session), 0)
+        assert cached(engine, ids(engine, B)) == 40
 
 
 async def test_a_conversation_has_time_to_live_from_its_last_turn_on(make_engine):

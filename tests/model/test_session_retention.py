@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from families import make_model, prompt
 
-from kvhybrid import CapacityError, InvalidRequestError, KVCacheConfig, UnsupportedError
+from kvhybrid import CapacityError, InvalidRequestError, KVCacheConfig, KVHybridError, UnsupportedError
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kvhybrid.model.transformers_cache import PagedSession
 
@@ -96,6 +99,35 @@ def test_a_dropped_session_is_pinned_no_more_and_what_it_retained_leaves_first(a
     run(attachment, None, other)
     evict_down_to(attachment, text, 0)
     assert cached(attachment, other) == 20
+    stats = cache.get_stats()
+    assert stats["evicted_ttl_pages"] == stats["evicted_pages"] > 0
+
+
+@pytest.mark.parametrize("is_ours", [False, True], ids=["by_another_thread", "by_its_own"])
+def test_a_session_that_is_dropped_while_it_runs_leaves_first_all_the_same(attachment, is_ours):
+    cache, other, session = attachment.cache, prompt(20, seed=2), attachment.cache.session("a")
+    acts: list[Callable[[], object]] = []
+
+    def drop() -> None:
+        thread = threading.Thread(target=cache.drop_session, args=("a",))
+        thread.start()
+        thread.join()
+
+    def act(*_: object) -> None:
+        for each in acts:
+            each()
+
+    with attachment.model.model.layers[1].mlp.register_forward_pre_hook(act):
+        session.retain(priority=50)
+        text = run(attachment, session, prompt(40, seed=1))
+        acts.append(partial(cache.drop_session, "a") if is_ours else drop)
+        # Its own thread takes the pages away under the pass.
+        with pytest.raises(KVHybridError) if is_ours else nullcontext():
+            text = run(attachment, session, text, 1)
+        acts.clear()
+        run(attachment, None, other)
+        evict_down_to(attachment, text, 0)
+        assert cached(attachment, other) == 20
     stats = cache.get_stats()
     assert stats["evicted_ttl_pages"] == stats["evicted_pages"] > 0
 

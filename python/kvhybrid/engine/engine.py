@@ -187,8 +187,7 @@ class KVEngine:
         self._serving()
         session = self._sessions.pop((tenant, session_id), None)
         if session is not None:
-            session.let_go()
-            session.retire()
+            session.drop()
         return session is not None
 
     @property

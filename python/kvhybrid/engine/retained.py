@@ -60,9 +60,13 @@ class RetainedConversation:
         """True from ``pin`` on."""
         return self._retention.is_pinned
 
-    def retire(self) -> None:
-        """Say that nobody goes on with it: what is its own is the first to leave."""
-        self._retention.retire(self._text(), always=True)
+    def retire(self, tokens: TokenBuffer | None = None) -> None:
+        """Say that nobody goes on with it: what is its own is the first to leave.
+
+        ``tokens``: its text with what was computed behind it, by a turn that failed.
+        """
+        texts = self._text() if tokens is None else [_read(tokens)]
+        self._retention.retire(texts, always=True)
 
     def _end_turn(self, found: int) -> None:
         """Note a turn whose prompt was cached up to ``found``: what it added is retained, too."""
@@ -70,4 +74,8 @@ class RetainedConversation:
         self._retention.rest(self._text())
 
     def _text(self) -> list[Text]:
-        return [np.frombuffer(self._tokens.tobytes(), np.uint32)] if self.num_turns else []
+        return [_read(self._tokens)] if self.num_turns else []
+
+
+def _read(tokens: TokenBuffer) -> Text:
+    return np.frombuffer(tokens.tobytes(), np.uint32)

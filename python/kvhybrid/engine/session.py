@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvhybrid.engine.door import Prompt
     from kvhybrid.engine.held import Held
     from kvhybrid.engine.intake import Intake
+    from kvhybrid.engine.running import Running
     from kvhybrid.engine.stream import Stream
     from kvhybrid.engine.ticket import Ticket
 
@@ -58,6 +59,8 @@ class Session(RetainedConversation):
         self._rendered = ""
         self._end_text = ""  # the end token that the last answer came with, as the template spells it
         self._is_busy = False
+        self._was_dropped = False  # during the turn under way
+        self._asked: TokenBuffer | None = None  # that turn's text, as far as it has come
 
     @property
     def num_tokens(self) -> int:
@@ -105,15 +108,19 @@ class Session(RetainedConversation):
         if self._retention.said is not None:
             fields["retention"] = self._retention.said
         request = Request.parse({**fields, **own, **parameters})
-        self._is_busy = True
+        self._is_busy, self._asked = True, None
         return request
 
     def _end(self, request: Request, finished: Ticket | None) -> None:
         """Make the turn true, if it was finished. Restores nothing: a turn changes nothing before."""
         self._is_busy = False
-        if finished is None:
-            return
-        running = finished.running
+        if finished is not None:
+            self._add(request, finished.running)
+        if self._was_dropped:
+            self._was_dropped = False
+            self.retire(self._asked)
+
+    def _add(self, request: Request, running: Running) -> None:
         last = running.generated[-1]
         kept = running.text.num_kept_tokens()
         self._end_text = "" if running.text.stopped else self._intake.door.end_text(last)
@@ -137,7 +144,14 @@ class Session(RetainedConversation):
             rendered = door.render([*self._messages, *request.messages])
             added = door.encode(self._what_is_new(rendered), special=False)
         tokens.append(added)
+        self._asked = tokens
         return replace(door.fit(tokens, request, rendered), held=self._held, own_from=self._retention.start)
+
+    def drop(self) -> None:
+        """Let go of it, and have its own text leave first, once a turn under way has ended."""
+        self._was_dropped = self._is_busy
+        self.let_go()
+        self.retire()
 
     def let_go(self) -> None:
         """Give back what is held between turns. Its turns, if more follow, begin with a whole text."""

@@ -24,10 +24,6 @@ class RetainedSession:
     _compression: Compression
     _open: Callable[[], AbstractContextManager[None]]
 
-    def _retire(self) -> bool:
-        self.rows.retention.retire(self.rows.text().texts)
-        return True
-
     def retain(self, *, priority: int = 0, ttl_s: float | None = None) -> None:
         """Have the session's text, now and after every call, leave before or after others.
 

@@ -88,7 +88,7 @@ class SessionRows:
         self._fed: Fed | None = None
         self._width = 0  # columns of the step under way
         self._each = 1  # how often it repeats the rows that there were before it
-        self.owner = Ownership(name, weakref.WeakMethod(self.reset))
+        self.owner = Ownership(name, weakref.WeakMethod(self._end))
 
     @property
     def num_rows(self) -> int:
@@ -403,9 +403,12 @@ class SessionRows:
             self.states.reset()
         self.cache.storage.settled()
 
-    def close(self) -> None:
-        """Release the pages for good; when another thread uses them, as soon as it is done. Idempotent."""
-        self.owner.close()
+    def _end(self) -> None:
+        """Let go for good: what was retained for the text is wanted no more."""
+        self.finish(success=False)
+        self._let_go()
+        self.retention.retire(self._released.texts)
+        self.reset()
 
     def reset(self) -> None:
         """Forget the text."""

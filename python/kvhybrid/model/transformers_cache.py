@@ -60,9 +60,11 @@ class PagedSession(RetainedSession, Cache):
         self._compression = compression
 
     def close(self) -> None:
-        """Release the pages for good; what was retained for them is wanted no more. Idempotent."""
-        self.rows.owner.try_alone(self._retire)
-        self.rows.close()
+        """Release the pages for good; what was retained for them is wanted no more. Idempotent.
+
+        While another thread uses the session, as soon as it is done.
+        """
+        self.rows.owner.close()
 
     @contextmanager
     def _open(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ impl Pool {
         let broken = |what: String| Err(Error::Broken(what));
         let (lasting, pins) = (self.pins.anchors(true), self.pins.anchors(false));
         let anchors = self.sequences.iter().map(|(_, sequence)| sequence.anchor);
-        let in_tree = self.tree.check(anchors.chain(pins).chain(lasting.clone()), lasting)?;
+        let in_tree = self.tree.check(anchors.chain(pins.clone()).chain(lasting.clone()), lasting, pins)?;
         let mut held: Vec<Option<u32>> = vec![Some(0); self.num_pages()];
         for page in in_tree {
             if held[page.index()].take().is_none() {

@@ -18,8 +18,6 @@ pub(super) struct Pin {
     pub expires: u64,
     /// A user holds it: its pages are counted, and never step down. Else it is a hint, and given up for room.
     pub is_users: bool,
-    /// Pages that it keeps from leaving, as of when it was made.
-    pub num_pages: usize,
 }
 
 /// Pins by id.
@@ -29,8 +27,6 @@ pub(super) struct Pins {
     vacant: Vec<u32>,
     expiring: BTreeSet<(u64, PinId)>,
     num_users: usize,
-    /// Pages that hints keep from leaving.
-    hinted: usize,
 }
 
 impl Pins {
@@ -54,7 +50,7 @@ impl Pins {
             self.slots.push((0, None));
             self.slots.len() as u32 - 1
         });
-        self.count(&pin, true);
+        self.num_users += usize::from(pin.is_users);
         let slot = &mut self.slots[index as usize];
         let id = PinId { index, generation: slot.0 };
         if pin.expires > 0 {
@@ -70,27 +66,13 @@ impl Pins {
         slot.0 = slot.0.wrapping_add(1);
         self.vacant.push(id.index);
         self.expiring.remove(&(pin.expires, id));
-        self.count(&pin, false);
+        self.num_users -= usize::from(pin.is_users);
         Some(pin)
-    }
-
-    fn count(&mut self, pin: &Pin, more: bool) {
-        let step = |count: &mut usize, by: usize| *count = if more { *count + by } else { *count - by };
-        if pin.is_users {
-            step(&mut self.num_users, 1);
-        } else {
-            step(&mut self.hinted, pin.num_pages);
-        }
     }
 
     pub(super) fn contains(&self, id: PinId) -> bool {
         let slot = self.slots.get(id.index as usize);
         slot.is_some_and(|(generation, pin)| *generation == id.generation && pin.is_some())
-    }
-
-    /// Pages that hints keep from leaving.
-    pub(super) fn hinted(&self) -> usize {
-        self.hinted
     }
 
     pub(super) fn has_expiring(&self) -> bool {

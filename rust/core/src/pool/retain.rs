@@ -100,24 +100,24 @@ impl Pool {
         let anchor = self.tree.anchor(node, matched);
         self.tree.keep_path(anchor);
         let expires = self.end_of(ttl.map(|ttl| ttl.max(1)));
-        let pin = Pin { anchor, namespace, expires, is_users: true, num_pages: 0 };
+        let pin = Pin { anchor, namespace, expires, is_users: true };
         Ok((self.pins.insert(pin), matched as usize))
     }
 
-    /// Keep a cached text from leaving for somebody who waits for it, as long as hints keep at most `most` pages;
-    /// None when that would be more, or nothing is cached. Whoever needs room unpins it first.
+    /// Keep a cached text from leaving for somebody who waits for it, as long as hints hold at most `most` pages, each
+    /// counted once, whoever else holds it; None when that would be more, or nothing is cached. Whoever needs room
+    /// unpins it first.
     pub fn hint(&mut self, namespace: Namespace, tokens: &[u32], most: usize) -> Result<Option<(PinId, usize)>> {
         check_tokens(tokens, 0)?;
         self.expire();
         let Some((node, matched)) = self.find(namespace, tokens) else { return Ok(None) };
-        let before = self.tree.num_evictable();
         let anchor = self.tree.anchor(node, matched);
-        let num_pages = before - self.tree.num_evictable();
-        if self.pins.hinted() + num_pages > most {
+        if self.tree.num_hinted() + self.tree.num_unhinted(anchor) > most {
             self.tree.unpin_path(anchor);
             return Ok(None);
         }
-        let pin = Pin { anchor, namespace, expires: 0, is_users: false, num_pages };
+        self.tree.hint_path(anchor);
+        let pin = Pin { anchor, namespace, expires: 0, is_users: false };
         Ok(Some((self.pins.insert(pin), matched as usize)))
     }
 
@@ -126,6 +126,8 @@ impl Pool {
         let Some(pin) = self.pins.remove(id) else { return };
         if pin.is_users {
             self.tree.unkeep_path(pin.anchor);
+        } else {
+            self.tree.unhint_path(pin.anchor);
         }
         self.tree.unpin_path(pin.anchor);
     }

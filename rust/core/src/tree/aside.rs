@@ -15,6 +15,8 @@ pub(super) struct Extra {
     pub lapses: bool,
     /// Users' pins on it or below it, which are among `Node::pins`.
     pub keeps: u32,
+    /// Hints on it or below it, which are among `Node::pins`, too.
+    pub hints: u32,
 }
 
 /// All that is known of levels, empty while nobody speaks of any.
@@ -28,6 +30,8 @@ pub(super) struct Aside {
     expiring: BTreeSet<(u64, NodeId)>,
     /// Pages that users pin, by class.
     pub kept: [u32; CLASSES],
+    /// Pages that hints hold, whoever else does.
+    pub hinted: usize,
 }
 
 impl Aside {

@@ -17,11 +17,12 @@ macro_rules! hold {
 
 impl Tree {
     /// Verify the tree against the anchors of all sequences. Returns its pages.
-    /// `keeps` are the anchors of users' pins, which are among `anchors`.
+    /// `keeps` are the anchors of users' pins and `hints` those of hints, which are among `anchors`.
     pub(crate) fn check(
         &self,
         anchors: impl Iterator<Item = NodeId>,
         keeps: impl Iterator<Item = NodeId>,
+        hints: impl Iterator<Item = NodeId>,
     ) -> Result<Vec<PageId>> {
         let mut pins: HashMap<NodeId, u32> = HashMap::new();
         for anchor in anchors {
@@ -32,6 +33,7 @@ impl Tree {
             }
         }
         let keeps = self.check_kept(keeps)?;
+        let hints = self.check_hinted(hints)?;
         let age = self.check_order()?;
         let mut waiting = self.check_cooling()?;
         let (mut pages, mut evictable, mut shared, mut linked) = (Vec::new(), 0, 0, 0);
@@ -44,6 +46,8 @@ impl Tree {
                 let expected = pins.remove(&node).unwrap_or(0);
                 hold!(it.pins == expected, "{node:?} has {} pins for {expected} sequences", it.pins);
                 self.check_level(node, keeps.get(&node).copied().unwrap_or(0), &age)?;
+                let (counted, expected) = (self.aside.extra(node).hints, hints.get(&node).copied().unwrap_or(0));
+                hold!(counted == expected, "{node:?} has {counted} hints for {expected}");
                 leaves += usize::from(it.pins == 0 && it.is_leaf() && !it.is_root());
                 aside += usize::from(it.is_aside && it.is_leaf());
                 expiring += usize::from(self.aside.extra(node).expires > 0);
@@ -117,18 +121,32 @@ impl Tree {
 
     /// Users' pins of every node; and the pages below them are counted.
     fn check_kept(&self, anchors: impl Iterator<Item = NodeId>) -> Result<HashMap<NodeId, u32>> {
-        let mut keeps: HashMap<NodeId, u32> = HashMap::new();
-        for anchor in anchors {
-            for node in self.path(anchor) {
-                *keeps.entry(node).or_default() += 1;
-            }
-        }
+        let keeps = self.count_paths(anchors);
         let mut kept = [0; CLASSES];
         for page in keeps.keys().flat_map(|node| &self.at(*node).pages) {
             kept[self.classes.of(*page)] += 1;
         }
         hold!(kept == self.aside.kept, "{:?} pages counted as pinned by users of {kept:?}", self.aside.kept);
         Ok(keeps)
+    }
+
+    /// Hints on every node; and the pages below them are counted.
+    fn check_hinted(&self, anchors: impl Iterator<Item = NodeId>) -> Result<HashMap<NodeId, u32>> {
+        let hints = self.count_paths(anchors);
+        let hinted: usize = hints.keys().map(|node| self.at(*node).pages.len()).sum();
+        hold!(hinted == self.aside.hinted, "{} pages counted as held by hints of {hinted}", self.aside.hinted);
+        Ok(hints)
+    }
+
+    /// How many of the paths that end in the anchors go through every node.
+    fn count_paths(&self, anchors: impl Iterator<Item = NodeId>) -> HashMap<NodeId, u32> {
+        let mut counts: HashMap<NodeId, u32> = HashMap::new();
+        for anchor in anchors {
+            for node in self.path(anchor) {
+                *counts.entry(node).or_default() += 1;
+            }
+        }
+        counts
     }
 
     fn check_level(&self, node: NodeId, keeps: u32, age: &HashMap<NodeId, usize>) -> Result<()> {

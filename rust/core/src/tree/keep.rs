@@ -1,4 +1,4 @@
-//! Pins of users: what they hold never leaves and never steps down, and is counted, so that it can be bounded.
+//! Pins of users and hints: what they hold is counted, so that it can be bounded. What users pin never steps down.
 
 use super::Tree;
 use crate::ids::{CLASSES, NodeId, PageId};
@@ -44,6 +44,42 @@ impl Tree {
         }
     }
 
+    /// Pages that hints hold.
+    pub(crate) fn num_hinted(&self) -> usize {
+        self.aside.hinted
+    }
+
+    /// Pages of a path that no hint holds yet.
+    pub(crate) fn num_unhinted(&self, anchor: NodeId) -> usize {
+        let nodes = self.path(anchor).filter(|node| self.aside.extra(*node).hints == 0);
+        nodes.map(|node| self.at(node).pages.len()).sum()
+    }
+
+    /// Note that a hint holds a path, which is pinned already.
+    pub(crate) fn hint_path(&mut self, anchor: NodeId) {
+        self.change_hints(anchor, true);
+    }
+
+    /// Note that a hint lets go of a path, before it is unpinned.
+    pub(crate) fn unhint_path(&mut self, anchor: NodeId) {
+        self.change_hints(anchor, false);
+    }
+
+    fn change_hints(&mut self, anchor: NodeId, more: bool) {
+        let mut node = anchor;
+        while !self.at(node).is_root() {
+            let pages = self.at(node).pages.len();
+            let hints = &mut self.aside.extra_mut(node).hints;
+            let is_counted = *hints == u32::from(!more);
+            *hints = if more { *hints + 1 } else { *hints - 1 };
+            if is_counted {
+                let hinted = &mut self.aside.hinted;
+                *hinted = if more { *hinted + pages } else { *hinted - pages };
+            }
+            node = self.at(node).parent;
+        }
+    }
+
     /// A page of a node was put in another one's place, `before` and `now` by quantized class.
     pub(super) fn recount_kept(&mut self, node: NodeId, before: PageId, now: PageId) {
         if self.aside.extra(node).keeps > 0 {
@@ -52,8 +88,11 @@ impl Tree {
         }
     }
 
-    /// Pages came back to a node that a user has pinned meanwhile.
+    /// Pages came back to a node that a user or a hint has pinned meanwhile.
     pub(super) fn gain_kept(&mut self, node: NodeId, back: &[PageId]) {
+        if self.aside.extra(node).hints > 0 {
+            self.aside.hinted += back.len();
+        }
         if self.aside.extra(node).keeps > 0 {
             for page in back {
                 self.aside.kept[self.classes.of(*page)] += 1;

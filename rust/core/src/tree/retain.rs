@@ -86,7 +86,7 @@ impl Tree {
     /// The upper part of a node that was cut in two is retained as the whole was.
     pub(super) fn divide_retention(&mut self, upper: NodeId, lower: NodeId) {
         let extra = self.aside.extra(lower);
-        if extra.expires > 0 || extra.keeps > 0 {
+        if extra.expires > 0 || extra.keeps > 0 || extra.hints > 0 {
             *self.aside.extra_mut(upper) = extra;
         }
         if extra.expires > 0 {

@@ -156,7 +156,8 @@ impl Model {
         }
     }
 
-    /// Close a text. Its last, partly filled block stays when no fork holds the page.
+    /// Close a text. Its last, partly filled block stays when no fork holds the page, and when it is not what was
+    /// left of a quantized one: the tree keeps those whole.
     pub(crate) fn close(&mut self, of: usize) {
         let Text { id, namespace, length, shareable, is_planned, .. } = self.texts[of];
         let tail = (namespace, self.texts[of].tokens[..length].to_vec());
@@ -166,9 +167,11 @@ impl Model {
             self.perhaps.extend((0..=tokens.len()).map(|end| (namespace, tokens[..end].to_vec())));
         } else if length > 0 && length <= shareable {
             let page = self.pool.block_table(id).unwrap()[(length - 1) / self.block];
+            let is_cut = length % self.block != 0 && page.0 as usize >= self.counts[0];
             let mut others = self.texts.iter().filter(|text| !text.is_closed && text.id != id);
             let mut copies = self.plans.iter().flat_map(|open| open.plan.copies());
-            if others.any(|text| self.pool.block_table(text.id).unwrap().contains(&page))
+            if is_cut
+                || others.any(|text| self.pool.block_table(text.id).unwrap().contains(&page))
                 || !self.is_alone(of)
                 || copies.any(|(source, _)| *source == page)
                 || self.texts.iter().any(|text| text.is_closed && text.is_planned)

@@ -307,6 +307,25 @@ fn hints_are_bounded_and_what_they_hold_is_not_counted_as_pinned_by_users() {
     pool.check().unwrap();
 }
 
+#[test]
+fn what_hints_share_counts_for_as_long_as_one_of_them_holds_it() {
+    let mut pool = Pool::new(8, 1, true).unwrap();
+    for text in [[1, 2], [3, 4], [5, 6]] {
+        store(&mut pool, &text);
+    }
+    let (first, _) = pool.hint(SPACE, &[1, 2], 3).unwrap().unwrap();
+    let (second, _) = pool.hint(SPACE, &[1, 2], 3).unwrap().unwrap();
+    pool.unpin(first);
+    assert_eq!(pool.hint(SPACE, &[3, 4], 3), Ok(None));
+    assert_eq!(pool.num_evictable(), 4);
+    pool.unpin(second);
+    let running = compute(&mut pool, &[3, 4, 7], None).unwrap();
+    assert!(pool.hint(SPACE, &[3, 4], 3).unwrap().is_some());
+    pool.close(running);
+    assert_eq!(pool.hint(SPACE, &[5, 6], 3), Ok(None), "what was in use as well is held by the hint alone now");
+    pool.check().unwrap();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig {
         failure_persistence: Some(Box::new(FileFailurePersistence::WithSource("regressions"))),
