@@ -393,8 +393,8 @@ class PagePool:
         """
     def hint(self, tokens: _Tokens, namespace: int = 0, *, most_pages: int) -> Pin | None:
         """Keep a text from leaving for somebody who waits for it; None when nothing of it is cached, or hints
-        would keep more than ``most_pages`` pages from leaving. Users' pins are not among these, nor bounded
-        by it."""
+        would hold more than ``most_pages`` pages. One counts once, however many hold it, and also where a
+        user's pin or a running sequence does."""
     def demote(self, num_pages: int) -> Plan:
         """Plan a step of no rows that takes up to ``num_pages`` pages of full precision from the coldest that
         nobody holds. Fill it, write ``demotions``, say ``moved``, and abandon it: the pages are free."""
