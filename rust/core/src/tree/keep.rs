@@ -31,10 +31,7 @@ impl Tree {
     fn change_keeps(&mut self, anchor: NodeId, more: bool) {
         let mut node = anchor;
         while !self.at(node).is_root() {
-            let keeps = &mut self.aside.extra_mut(node).keeps;
-            let is_counted = *keeps == u32::from(!more);
-            *keeps = if more { *keeps + 1 } else { *keeps - 1 };
-            if is_counted {
+            if count_holder(&mut self.aside.extra_mut(node).keeps, more) {
                 for page in &self.nodes[node.index()].pages {
                     let kept = &mut self.aside.kept[self.classes.of(*page)];
                     *kept = if more { *kept + 1 } else { *kept - 1 };
@@ -69,10 +66,7 @@ impl Tree {
         let mut node = anchor;
         while !self.at(node).is_root() {
             let pages = self.at(node).pages.len();
-            let hints = &mut self.aside.extra_mut(node).hints;
-            let is_counted = *hints == u32::from(!more);
-            *hints = if more { *hints + 1 } else { *hints - 1 };
-            if is_counted {
+            if count_holder(&mut self.aside.extra_mut(node).hints, more) {
                 let hinted = &mut self.aside.hinted;
                 *hinted = if more { *hinted + pages } else { *hinted - pages };
             }
@@ -104,4 +98,11 @@ impl Tree {
     pub(crate) fn is_kept(&self, node: NodeId) -> bool {
         self.aside.extra(node).keeps > 0
     }
+}
+
+/// Count one holder of a node more, or one fewer. True for the first and the last: pages are counted once.
+fn count_holder(holders: &mut u32, more: bool) -> bool {
+    let is_only = *holders == u32::from(!more);
+    *holders = if more { *holders + 1 } else { *holders - 1 };
+    is_only
 }
