@@ -31,6 +31,7 @@ __all__ = [
     "__version__",
     "holds",
     "read_at",
+    "sums_at",
 ]
 
 # numpy's arrays are buffers, but their types say so only from Python 3.12 on.
@@ -53,14 +54,27 @@ class CapacityError(KVHybridError):
 class ClosedError(KVHybridError):
     """The handle was closed, or its plan was already committed or abandoned."""
 
-def holds(owners: list[Any], names: tuple[str, ...], dicts: list[dict[Any, Any]], values: list[Any]) -> bool:
-    """Return whether what ``owners`` call by these names are still ``dicts``, one behind the other, and
-    whether these hold ``values``, in order and no others. All by identity; only attributes of the objects
-    themselves count. Raises ``ValueError`` where there are not as many dictionaries as names."""
+def holds(
+    owners: list[Any],
+    types: list[type],
+    containers: list[Any],
+    counts: _Buffer,
+    contents: list[Any],
+    entries: list[Any],
+) -> bool:
+    """Return whether ``owners`` are of ``types`` and have the first ``containers`` as their attributes, and
+    whether all containers hold what they held: ``counts`` (int64) items each, ``contents`` one after the
+    other (keys and values of dictionaries, items of lists), in order and no others. An ellipsis stands for
+    anything. ``entries``: triples of a mapping, a key and what must be there. All by identity. Raises
+    ``ValueError`` for lists that do not fit each other."""
 
-def read_at(addresses: _Buffer, width: int) -> bytes:
-    """Return ``width`` bytes from each address (int64), one behind the other. Whoever has the addresses
-    keeps what lies there alive."""
+def read_at(addresses: _Buffer, lengths: _Buffer) -> bytes | None:
+    """Return the bytes at addresses (both int64), one piece after the other; None where some of them are not
+    mapped. Reads through the operating system, so that no address can end the process. Raises ``OSError``."""
+
+def sums_at(addresses: _Buffer, lengths: _Buffer) -> bytes | None:
+    """Return a sum of each piece (XXH3, native-endian uint64), as ``read_at`` reads them. Every byte and its
+    place count. Works without the interpreter lock."""
 
 @final
 class TokenBuffer:
@@ -110,6 +124,12 @@ class Sequence:
 
         Blocks that a raised bound admits are sealed by the next commit.
         """
+    def require_verification(self) -> None:
+        """Seal only what ``verify`` names from here on. What is computed now counts as verified."""
+    def verify(self, length: int) -> None:
+        """Say that K and V of the first ``length`` tokens are what the namespace says, those of an open plan
+        included. The next commit or the end of the sequence seals them; a smaller ``length`` than before
+        changes nothing. Raises ``ValueError`` beyond the tokens known."""
     def freeze(self, length: int) -> None:
         """Say that the first ``length`` tokens are written: pages of whole blocks of them may be quantized
         though they are never sealed (``share=False``). For what was committed with ``written=False``."""
@@ -413,6 +433,8 @@ class PagePool:
         once, so that every run is the same."""
     def evict(self, num_pages: int) -> int:
         """Evict up to ``num_pages`` cold pages and return how many left."""
+    def which_exist(self, namespaces: _Buffer) -> bytes:
+        """Return a byte for each namespace (int64): 1 where any page or running text is under it, else 0."""
     def drop(self, namespace: int) -> int:
         """Evict every unpinned page of a namespace and return how many left."""
     def statistics(self) -> dict[str, int]:

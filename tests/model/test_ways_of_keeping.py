@@ -202,6 +202,8 @@ def test_modes_of_training_change_no_text(attached: Attachment, expected: torch.
     assert torch.equal(text_of(attached.model), expected)
     attached.model.eval()
     assert torch.equal(text_of(attached.model), expected)
+    assert cached(attached) == 0  # each mode has pages of its own
+    assert torch.equal(text_of(attached.model), expected)
     assert cached(attached) == 36
 
 

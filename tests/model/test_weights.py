@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicCache
 from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
+from kvhybrid.model.model_state import ModelState
 from kvhybrid.model.routes import Route
 from kvhybrid.model.versions import over
-from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -162,7 +162,7 @@ def test_the_fingerprint_follows_every_byte_and_no_address() -> None:
     first, second = ModelState(one), ModelState(other)
     assert first.fingerprint() == second.fingerprint() == ModelState(one.float()).fingerprint()
     other.model.embed_tokens.weight.data[7, 3] += 1
-    second.invalidate()
+    second.weights_changed()
     assert first.fingerprint() != second.fingerprint()
 
 
@@ -170,6 +170,7 @@ def test_weights_loaded_under_inference_mode_are_watched_by_samples() -> None:
     with torch.inference_mode():
         model = make_model("llama")
         state = ModelState(model)
-        assert not state.look()
+        before = state.look()
+        assert state.look() == before
         model.lm_head.weight.mul_(2)
-        assert state.look()
+        assert state.look() != before

@@ -6,7 +6,6 @@ Deterministic and without waiting. Knows tensors and token ids; how a model atte
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
@@ -20,6 +19,7 @@ from kvhybrid.cache.compress.holders import Holders
 from kvhybrid.cache.explained import ruling
 from kvhybrid.cache.hints import Hints
 from kvhybrid.cache.measured import measure_layers
+from kvhybrid.cache.namespaces import TENANT, Namespaces
 from kvhybrid.cache.process_kv import TensorSessions, check_name
 from kvhybrid.cache.said import SaidOfTexts
 from kvhybrid.cache.stored import stored
@@ -87,8 +87,7 @@ class KVCache(SaidOfTexts):
         self._cleared_pages = 0
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
         self._lock = threading.RLock()
-        self._namespaces: dict[tuple[str, ...], int] = {}
-        self._numbers = itertools.count()
+        self._namespaces = Namespaces(self.pool)
         self._sessions: dict[tuple[str, str], Any] = {}
         self._unnamed: weakref.WeakSet[Session] = weakref.WeakSet()
         self._make_session: Callable[[str, str], Session] | None = None
@@ -115,27 +114,25 @@ class KVCache(SaidOfTexts):
 
         Numbers are given out, not hashed: two namespaces never collide.
         """
-        with self._lock:
-            if parts not in self._namespaces:
-                self._namespaces[parts] = next(self._numbers)
-            return self._namespaces[parts]
+        return self._namespaces.number(*parts)
 
     def drop_namespaces(self, is_gone: Callable[[tuple[str, ...]], bool]) -> int:
-        """Evict what nobody holds of the namespaces whose parts ``is_gone``; return how many pages left.
+        """Evict the pages of the namespaces whose parts ``is_gone``; return how many were evicted.
 
-        What is still held there is never found again: the same parts get another number.
+        Pages in use there are never found again: the same parts get another number.
         """
-        with self._lock:
-            gone = [parts for parts in self._namespaces if is_gone(parts)]
-            numbers = [self._namespaces.pop(parts) for parts in gone]
-        return sum(self.pool.drop(number) for number in numbers)
+        return self._namespaces.drop(is_gone)
 
     def tenant_namespace(self, tenant: str, *parts: str) -> int:
-        """Return the namespace of a tenant: its own, or everybody's without ``tenant_isolation``.
+        """Return the namespace of a tenant: its own, or one for all without ``tenant_isolation``.
 
         ``parts`` keep apart what else must not mix: the model whose K and V these are.
         """
-        return self.namespace("tenant", tenant if self.config.tenant_isolation else "", *parts)
+        return self.namespace(TENANT, tenant if self.config.tenant_isolation else "", *parts)
+
+    def private_namespace(self) -> int:
+        """Return a namespace without a name: what is cached there is found by no one."""
+        return self._namespaces.private()
 
     def session(self, session_id: str = "default", *, tenant: str = "default") -> Any:
         """Return the ``transformers`` cache of that session, to pass as ``past_key_values``.

@@ -11,9 +11,8 @@ from kvhybrid.cache.explained import Explanation, explain
 from kvhybrid.cache.retention import Retention, Retentions
 
 if TYPE_CHECKING:
-    import threading
-
     from kvhybrid._core import PagePool, Pin
+    from kvhybrid.cache.namespaces import Namespaces
     from kvhybrid.cache.step import Tokens
     from kvhybrid.config import KVCacheConfig
 
@@ -25,8 +24,7 @@ class SaidOfTexts:
 
     config: KVCacheConfig
     pool: PagePool
-    _lock: threading.RLock
-    _namespaces: dict[tuple[str, ...], int]
+    _namespaces: Namespaces
 
     def explain(self, tokens: Tokens, *, tenant: str = "default") -> Explanation:
         """Say why a text is not found, or not all of it. Changes nothing.
@@ -70,6 +68,4 @@ class SaidOfTexts:
         return Retentions(self.pool, self._numbers_of(tenant)).pin(tokens, ttl_s)
 
     def _numbers_of(self, tenant: str) -> list[int]:
-        tenant = tenant if self.config.tenant_isolation else ""
-        with self._lock:
-            return [number for parts, number in self._namespaces.items() if parts[:2] == ("tenant", tenant)]
+        return self._namespaces.of_tenant(tenant if self.config.tenant_isolation else "")

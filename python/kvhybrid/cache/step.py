@@ -119,6 +119,12 @@ class Step:
             return all(step.is_complete for step in self._alone)
         return len(self._written) == len(self.storage.layout.kept_layers)
 
+    @cached_property
+    def fills_blocks(self) -> bool:
+        """True when the step completes a block of some row, so that its commit seals pages."""
+        size = self.storage.block_size
+        return any(span.total // size > span.past // size for span in self.spans)
+
     @property
     def num_tokens(self) -> int:
         """New tokens of all rows."""

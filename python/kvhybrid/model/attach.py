@@ -27,6 +27,7 @@ from kvhybrid.model.interface import (
     switch_on,
 )
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
+from kvhybrid.model.model_state import ModelState
 from kvhybrid.model.observed import Observed
 from kvhybrid.model.obstacles import (
     ASKED_FOR,
@@ -46,9 +47,9 @@ from kvhybrid.model.session_compression import compress_turn
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.session_states import SessionStates
 from kvhybrid.model.stepping import Stepping
+from kvhybrid.model.tenancy import ModelNamespaces, Tenancy
 from kvhybrid.model.transformers_cache import PagedSession
 from kvhybrid.model.versions import CACHE, over, with_cache_named
-from kvhybrid.model.weights import ModelState, Tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,12 +68,13 @@ class Attachment:
         self.cache = cache
         self.route = route
         self.reason = reason
-        self.weights = ModelState(model)
+        self.weights = ModelState.of(model)
+        self._namespaces = ModelNamespaces(self.weights, cache, model_number(model))
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
         self._parameters = list(inspect.signature(model.forward).parameters)
         plain = plain_forward(model)
-        self._stepping = Stepping(plain, self._parameters)
+        self._stepping = Stepping(plain, self._parameters, self.weights.learning)
         self._state_layers = state_layers(model.config)
         if bool(self._state_layers) != bool(cache.layout.state_bytes):
             kept = name_layers(model.config, self._state_layers) or "no layer"
@@ -91,7 +93,7 @@ class Attachment:
         self._said: set[str] = set()
         self._passing = threading.local()
         # Set on the object by others (accelerate does), and put back by ``detach``.
-        self._own = {name: model.__dict__[name] for name in WRAPPED if name in model.__dict__}
+        self.own = {name: model.__dict__[name] for name in WRAPPED if name in model.__dict__}
 
     def install(self) -> Self:
         """Put the wrappers in place: not hooks, because some of transformers' loops call ``forward``."""
@@ -112,7 +114,7 @@ class Attachment:
             return
         for name in (*WRAPPED, ATTACHED):
             del self.model.__dict__[name]
-        self.model.__dict__.update(self._own)
+        self.model.__dict__.update(self.own)
         self.cache.on_session(None)
         self.weights.leave()
         if self.route is Route.PAGED:
@@ -121,7 +123,7 @@ class Attachment:
     def _copy_model(self, memo: dict[int, Any]) -> PreTrainedModel:
         """Deep-copy the model as it is without us: our wrappers would run the original for the copy."""
         own = own_implementation(self.model) if self.route is Route.PAGED else None
-        return plain_copy(self.model, self._own, memo, own)
+        return plain_copy(self.model, self.own, memo, own)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         """Refuse to be pickled, and with this the attached model: pages and locks belong to a process."""
@@ -145,7 +147,7 @@ class Attachment:
         write through ``.data`` to a few values, or into what a quantized or sharded weight is made of, or a
         hook that does something else now, is not.
         """
-        self.weights.invalidate()
+        self.weights.weights_changed()
 
     def session(self, session_id: str, tenant: str = "default") -> PagedSession:
         """Make the session of that id; ``KVCache.session`` keeps it."""
@@ -161,8 +163,8 @@ class Attachment:
         rows = SessionRows(
             self.cache,
             reader,
-            Tenancy(self.weights, self.cache, tenant, model_number(self.model)),
-            vocab_size=self.vocab_size,
+            Tenancy(self._namespaces, tenant),
+            vocab_size=functools.partial(vocab_size, self.model),
             name=session_id,
             grid=self._grid,
             mixes_rows=mixes_rows(self.model),

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ATTACHED: Final = "_kvhybrid_attachment"
 # What an attachment sets on the model object beside itself.
 WRAPPED: Final[tuple[str, ...]] = ("forward", "generate", "__deepcopy__")
+# Marks a wrapper of ours.
+MARK: Final = "_is_kvhybrid_wrapper"
 # What a model must have to write text.
 NEEDED: Final[tuple[str, ...]] = ("config", "forward", "generate", "get_input_embeddings")
 
@@ -82,4 +84,18 @@ def wrapper(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., 
     def call(*args: Any, **kwargs: Any) -> Any:
         return ours(*args, **kwargs)
 
+    vars(call)[MARK] = True
     return call
+
+
+def is_ours(name: str, value: object) -> bool:
+    """Return whether an attachment set an attribute of a model object, or K and V do not depend on it."""
+    if name == "forward":
+        return MARK in getattr(value, "__dict__", ())
+    return name == ATTACHED or name in WRAPPED
+
+
+def replaced(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what stood on a model object in the places that an attachment took."""
+    attachment = model.__dict__.get(ATTACHED)
+    return dict(attachment.own) if attachment is not None else {}

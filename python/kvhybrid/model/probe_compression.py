@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
@@ -30,12 +31,13 @@ from kvhybrid.model.versions import over
 from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel
 
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.layout import KVLayout
+    from kvhybrid.model.rows import Text
 
 # Columns: a text that is compressed, several tokens behind it, and one.
 STEPS: Final = (RECENT + 24, 5, 1)
@@ -93,7 +95,7 @@ def _try(model: PreTrainedModel, forward: Callable[..., Any], layout: KVLayout, 
         expected = _logits(forward, takes, DynamicCache(config=model.config), ids, hidden=True)
         cache = trial_cache(model, layout, [total] * 3)
         session = _session(cache, route, vocab_size(model))
-        stepping = Stepping(forward, takes)
+        stepping = Stepping(forward, takes, nullcontext)
 
         def step(**call: Any) -> Any:
             return stepping.run(session, call)
@@ -113,16 +115,16 @@ def _session(cache: KVCache, route: Route, num_ids: int) -> PagedSession:
     """Return a session without an attachment: the model may have one already, of another cache."""
     storage = cache.storage
     reader = PagedReader(PagedAttention(storage)) if route is Route.PAGED else MaterialisedReader(storage)
-    rows = SessionRows(cache, reader, _SameWeights(), vocab_size=num_ids, name="probe")
+    rows = SessionRows(cache, reader, _SameWeights(), vocab_size=lambda: num_ids, name="probe")
     compression = Compression(cache.config, sees_queries=False, obstacle=lambda: None)
     return PagedSession(rows, lambda _: _session(cache, route, num_ids), str, compression)
 
 
 class _SameWeights:
-    """Nobody changes a model while it is tried."""
+    """The model does not change while it is tried."""
 
-    def namespace(self, *parts: str) -> int:
-        del parts
+    def namespace(self, *parts: str, texts: Sequence[Text] = ()) -> int:
+        del parts, texts
         return 0
 
     def follow(self, other: Self) -> None:

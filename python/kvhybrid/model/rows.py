@@ -213,6 +213,18 @@ class Rows:
             self._batch = Batch(self.cache.pool, self.sequences)
         return Step.plan(self.cache.storage, self._batch, fed.counts, places=fed.places)
 
+    def require_verification(self) -> None:
+        """Seal only what ``verify`` allows from here on."""
+        for row in self.sequences:
+            row.require_verification()
+
+    def verify(self, step: Step | None) -> None:
+        """Let what was computed be sealed, that of the ``step`` under way included."""
+        for row in self.sequences:
+            row.verify(row.length)
+        for span in step.spans if step is not None else ():
+            self.sequences[span.row].verify(span.total)
+
     def take_back(self) -> None:
         """Drop every pending token."""
         for row in self.sequences:

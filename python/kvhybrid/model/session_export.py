@@ -83,6 +83,10 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     if rows.grid.width or (lost := rows.reopen()) is None:
         rows.release()
         return
+    # Where these pages go the model has the name that it had a moment ago: its fingerprint must be of that.
+    if found.get("model") != fingerprint():
+        rows.restore(before)
+        raise LayoutError("the model's weights or modules changed while a session was imported")
     ids, mask = lost
     start = text.columns - ids.shape[1]
     try:

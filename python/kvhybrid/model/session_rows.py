@@ -24,6 +24,8 @@ from kvhybrid.model.rows import Fed, Rows
 from kvhybrid.model.session_retention import SessionRetention
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
 
     from kvhybrid.cache.kv_cache import KVCache
@@ -38,14 +40,14 @@ if TYPE_CHECKING:
 class Weights(Protocol):
     """What K and V depend on beside the tokens, and so whose pages a session may find."""
 
-    def namespace(self, *parts: str) -> int:
-        """Return the namespace as of now."""
+    def namespace(self, *parts: str, texts: Sequence[Text] = ()) -> int:
+        """Look at the model and return the namespace in which ``texts`` are opened."""
 
     def follow(self, other: Self) -> None:
-        """Take over what ``other``'s namespace was asked for, by whoever takes over its pages."""
+        """Take over the model's name under which ``other`` was opened, together with its pages."""
 
     def is_stale(self) -> bool:
-        """Return whether the model has changed since ``namespace`` was last asked."""
+        """Look at the model and return whether it has changed since ``namespace`` was last asked."""
 
 
 class SessionRows:
@@ -63,7 +65,7 @@ class SessionRows:
         reader: Reader,
         weights: Weights,
         *,
-        vocab_size: int,
+        vocab_size: Callable[[], int],
         name: str,
         grid: int = 0,
         mixes_rows: bool = False,
@@ -81,7 +83,9 @@ class SessionRows:
         self.observed = observed
         self.retention = SessionRetention(cache.pool)
         self._weights = weights
-        self.vocab_size = vocab_size
+        self._vocab_size = vocab_size
+        self._is_stale = False  # the model had changed when pages were about to be sealed
+        self._has_unverified = False  # something was computed since the last look
         self._mixes_rows = mixes_rows
         self._released = NOTHING
         self._reopening = NOTHING
@@ -89,6 +93,11 @@ class SessionRows:
         self._width = 0  # columns of the step under way
         self._each = 1  # how often it repeats the rows that there were before it
         self.owner = Ownership(name, weakref.WeakMethod(self._end))
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that the model has embeddings for now."""
+        return self._vocab_size()
 
     @property
     def num_rows(self) -> int:
@@ -161,7 +170,8 @@ class SessionRows:
             # A batch of another shape adds up in another order, and padding moves a text's passes.
             parts = ("batch", repr(pads))
             share = len(texts) == 1 or not self._mixes_rows
-        namespace = self._weights.namespace(*parts)
+        namespace = self._weights.namespace(*parts, texts=texts)
+        self._is_stale = self._has_unverified = False
         rows = Rows.open(
             self.cache,
             texts,
@@ -172,6 +182,8 @@ class SessionRows:
             grid=self.grid.width or 1,
             states=self.states,
         )
+        # What is computed from here on is sealed only once the model was looked at again.
+        rows.require_verification()
         old, self.rows, self._released = self.rows, rows, NOTHING
         if old is not None:
             old.close()
@@ -200,14 +212,16 @@ class SessionRows:
         is_last = self.rows.pending <= stop - start
         return self.states.cuts(min(self.rows.pads), start, stop, is_last=is_last)
 
-    def reopen(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Take the pages back after ``release``, and let go of those of weights that have changed.
+    def reopen(self, *, looks: bool = False) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Take the pages back after ``release``, and give up those of a model that has changed since.
 
-        Returns ``(input_ids, attention_mask)`` of columns that are lost and must be computed again
-        first, or None.
+        ``looks``: look at the model now; without it only what was seen when pages were sealed counts. Returns
+        ``(input_ids, attention_mask)`` of columns that are lost and must be computed again first, or None.
         """
-        # Inside a call of ``generate`` the weights are those that it began with.
-        if self.rows is not None and self.owner.depth == 1 and self._weights.is_stale():
+        # Inside a call of ``generate`` the text goes on over what it began with, as with any other cache.
+        is_direct = self.rows is not None and self.owner.depth == 1
+        if is_direct and (self._is_stale or (looks and self._weights.is_stale())):
+            self._is_stale = True
             self.finish(success=False)
             self._let_go()
         released = self._released
@@ -309,6 +323,8 @@ class SessionRows:
         self._forget_step(self.rows, fed)
 
     def _commit(self, step: Step, rows: Rows) -> None:
+        is_verified = step.fills_blocks and self._verify(rows, step)
+        self._has_unverified = not is_verified
         if self.states is not None and (left_out := self.states.live.left_out()):
             step.abandon()
             raise UnsupportedError(f"the forward pass left out layers that keep a state: {left_out}")
@@ -317,8 +333,19 @@ class SessionRows:
             self.observed.settle(success=True)
         self.grid.advance(rows, self._width)
         rows.columns += self._width
-        if self.states is not None and self.grid.is_exact(rows.columns):
+        if self.states is not None and is_verified and self.grid.is_exact(rows.columns):
             self.states.keep(list(zip(rows.pads, rows.sequences, strict=True)), self._width)
+
+    def _verify(self, rows: Rows, step: Step | None = None) -> bool:
+        """Look at the model; if it is what it was, what was computed may be sealed, this step included.
+
+        If not, the text's pages are never shared, and the next call computes the text again.
+        """
+        self._is_stale = self._is_stale or self._weights.is_stale()
+        if not self._is_stale:
+            rows.verify(step)
+            self._has_unverified = False
+        return not self._is_stale
 
     def _forget_step(self, rows: Rows, fed: Fed) -> None:
         if fed.is_new:
@@ -371,6 +398,8 @@ class SessionRows:
         """Hold ``rows``, of the same text, in place of those held."""
         old, self.rows = self.rows, rows
         if old is not None:
+            if self._has_unverified:
+                self._verify(old)
             old.close()
         self.reader.forget(0)
         self.cache.storage.settled()
@@ -389,6 +418,8 @@ class SessionRows:
     def _let_go(self) -> None:
         if self.rows is not None:
             released = self.text()
+            if self._has_unverified:
+                self._verify(self.rows)
             self.retention.let_go(self.rows.sequences)
             self._drop_rows()
             self._released = released
@@ -476,6 +507,7 @@ class SessionRows:
         other.grid.follow(self.grid)
         other.retention.follow(self.retention)
         other._weights.follow(self._weights)
+        other._is_stale, other._has_unverified = self._is_stale, self._has_unverified
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.

@@ -19,17 +19,27 @@ from kvhybrid.model.versions import over
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
     from kvhybrid.model.session_rows import SessionRows
     from kvhybrid.model.transformers_cache import PagedSession
 
 
 class Stepping:
-    """Runs ``forward``, whose ``parameters`` are named, as plain code: pages cannot be traced."""
+    """Runs ``forward``, whose ``parameters`` are named, as plain code: pages cannot be traced.
 
-    def __init__(self, forward: Callable[..., Any], parameters: list[str]) -> None:
+    ``watching`` is entered around every forward pass.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        parameters: list[str],
+        watching: Callable[[], AbstractContextManager[None]],
+    ) -> None:
         self._forward = forward
         self._parameters = parameters
+        self._watching = watching
 
     def run(self, session: PagedSession, call: dict[str, Any]) -> Any:
         """Run a call whose arguments a session can take; the session is its owner's."""
@@ -45,7 +55,8 @@ class Stepping:
 
     def _recompute(self, rows: SessionRows, session: PagedSession, call: dict[str, Any]) -> None:
         """Compute again what was lost while the session was released."""
-        lost = rows.reopen()
+        # A single token goes on with the text as it is; more than one may be a new turn.
+        lost = rows.reopen(looks=call["input_ids"].shape[1:] != (1,))
         if lost is None:
             return
         again, seen = (t.to(call["input_ids"].device) for t in lost)
@@ -90,7 +101,7 @@ class Stepping:
         rows.begin(call["input_ids"], call.get("attention_mask"))
         try:
             self._place(rows, call)
-            with reading_pages(rows.reader.reads_pages), observing(rows.observed):
+            with self._watching(), reading_pages(rows.reader.reads_pages), observing(rows.observed):
                 output = self._forward(**call)
         except BaseException as error:
             rows.finish(success=False)

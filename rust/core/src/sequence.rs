@@ -28,6 +28,9 @@ pub(crate) struct Sequence {
     pub replaced: Option<PageId>,
     /// Tokens from the beginning on that may be sealed, so that others find them.
     pub shareable: u32,
+    /// Tokens from the beginning on whose K and V are known to be what their namespace says. Only these are sealed,
+    /// and only where the caller has asked to be the one who says so: `None` takes every computed token as verified.
+    pub verified: Option<u32>,
     /// Tokens from the beginning on that are written in every layer: pages of whole blocks of them may be
     /// quantized, though nobody else finds them.
     pub frozen: u32,
@@ -55,6 +58,11 @@ impl Sequence {
 
     pub(crate) fn pending(&self) -> u32 {
         self.known() - self.length
+    }
+
+    /// Tokens from the beginning on that others may find once they are computed.
+    pub(crate) fn sealable(&self) -> u32 {
+        self.verified.map_or(self.shareable, |verified| verified.min(self.shareable))
     }
 }
 

@@ -10,6 +10,7 @@ mod buffers;
 mod codec;
 mod errors;
 mod held;
+mod memory;
 mod pin;
 mod plan;
 mod pool;
@@ -34,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use crate::errors::{CapacityError, ClosedError, KVHybridError};
     #[pymodule_export]
-    use crate::held::{holds, read_at};
+    use crate::held::{holds, read_at, sums_at};
     #[pymodule_export]
     use crate::pin::Pin;
     #[pymodule_export]

@@ -7,9 +7,9 @@ use std::time::Duration;
 use kvhybrid_core::{Adaptive, Namespace, OpenOptions, Pool, SequenceId};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyBytes, PyDict};
 
-use crate::buffers::with_tokens;
+use crate::buffers::{with_int64, with_tokens};
 use crate::errors::{poisoned, raised};
 use crate::pin::Pin;
 use crate::plan::Plan;
@@ -259,6 +259,15 @@ impl PagePool {
 
     fn evict(&self, num_pages: usize) -> PyResult<usize> {
         Ok(self.shared.lock()?.evict(num_pages))
+    }
+
+    fn which_exist<'py>(&self, py: Python<'py>, namespaces: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyBytes>> {
+        let found: Vec<u8> = with_int64("namespaces", namespaces, |numbers| {
+            let pool = self.shared.lock()?;
+            let exists = |number: &i64| u8::from(pool.has_namespace(Namespace(number.cast_unsigned())));
+            Ok(numbers.iter().map(exists).collect())
+        })?;
+        Ok(PyBytes::new(py, &found))
     }
 
     fn drop(&self, namespace: u64) -> PyResult<usize> {

@@ -93,6 +93,14 @@ impl Sequence {
         self.shared.lock()?.share_up_to(self.id, length).map_err(raised)
     }
 
+    fn require_verification(&self) -> PyResult<()> {
+        self.shared.lock()?.require_verification(self.id).map_err(raised)
+    }
+
+    fn verify(&self, length: usize) -> PyResult<()> {
+        self.shared.lock()?.verify(self.id, length).map_err(raised)
+    }
+
     fn freeze(&self, length: usize) -> PyResult<()> {
         self.shared.lock()?.freeze(self.id, length).map_err(raised)
     }

@@ -61,6 +61,26 @@ impl Pool {
         Ok(())
     }
 
+    /// Seal only what `verify` names from here on. What is computed now counts as verified.
+    pub fn require_verification(&mut self, id: SequenceId) -> Result<()> {
+        let sequence = self.sequences.get_mut(id)?;
+        sequence.verified = Some(sequence.length);
+        Ok(())
+    }
+
+    /// Say that K and V of the first `length` tokens are what the namespace says, those of an open plan included.
+    ///
+    /// The next commit, or the end of the sequence, seals their blocks. A smaller number than before changes
+    /// nothing.
+    pub fn verify(&mut self, id: SequenceId, length: usize) -> Result<()> {
+        let sequence = self.sequences.get_mut(id)?;
+        if length > sequence.known() as usize {
+            return Err(Error::Argument(format!("cannot verify {length} of {} tokens", sequence.known())));
+        }
+        sequence.verified = sequence.verified.map(|verified| verified.max(length as u32));
+        Ok(())
+    }
+
     /// Drop every token from position `length` on, pending ones included.
     ///
     /// Where that ends inside a sealed page the page becomes a borrowed one, as after a match.
@@ -84,6 +104,7 @@ impl Pool {
         sequence.sealed = sequence.sealed.min(length >> self.shift << self.shift);
         sequence.length = sequence.length.min(length);
         sequence.frozen = sequence.frozen.min(length);
+        sequence.verified = sequence.verified.map(|verified| verified.min(length));
         sequence.cooled = sequence.cooled.map(|blocks| blocks.min(length >> self.shift));
         let kept = (sequence.length as usize).div_ceil(1 << self.shift);
         for page in sequence.table[kept.max(was_sealed).min(sequence.table.len())..].iter().rev() {

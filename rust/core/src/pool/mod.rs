@@ -140,6 +140,11 @@ impl Pool {
         self.evict_by(|tree, now, pages, victims| tree.condemn(count, now, pages, victims))
     }
 
+    /// Whether any page or running text is under a namespace.
+    pub fn has_namespace(&self, namespace: Namespace) -> bool {
+        self.tree.find_root(namespace).is_some()
+    }
+
     /// Evict every unpinned page of a namespace and return how many left.
     ///
     /// What users pinned there is pinned no more: nobody will ask for it again.

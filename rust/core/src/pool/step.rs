@@ -228,7 +228,7 @@ impl Pool {
     fn seal(&mut self, id: SequenceId) {
         let Some(sequence) = self.sequences.find_mut(id) else { return };
         let first = (sequence.sealed >> self.shift) as usize;
-        let end = (sequence.length.min(sequence.shareable) >> self.shift) as usize;
+        let end = (sequence.length.min(sequence.sealable()) >> self.shift) as usize;
         if first >= end {
             return;
         }
@@ -263,7 +263,7 @@ impl Pool {
     /// Returns the page that it left.
     pub(super) fn seal_tail(&mut self, id: SequenceId) -> Option<PageId> {
         let sequence = self.sequences.find_mut(id)?;
-        if sequence.length > sequence.shareable {
+        if sequence.length > sequence.sealable() {
             return None;
         }
         // A split may have moved the anchor deeper than what is used.

@@ -1,0 +1,442 @@
+"""What the modules of a model are made of beside their weights, as far as a forward pass depends on it.
+
+Classes and their methods, ``forward`` replaced on an object, plain attributes, hooks. A scan describes all of
+it by value where it has one (numbers, text, containers of these) and by a number of its own where it has none
+(functions, other objects). It also lists by identity what it has seen, so that ``kvhybrid._core.holds`` can
+tell later at little cost that all of it is still there. Knows Python objects; no pages, and no contents of
+tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import types
+import weakref
+from array import array
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+
+import torch
+from torch.nn.modules import module as torch_module
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+# Dictionaries of a module that a forward pass runs over. Others of torch's own serve training and saving.
+HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks")
+_TENSORS: Final = ("_parameters", "_buffers")
+_HELD: Final = ("_modules", *_TENSORS, *HOOKS)
+# Torch's own bookkeeping of a module, which no forward pass reads.
+_IGNORED: Final = frozenset(
+    {
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_forward_hooks_always_called",
+        "_is_full_backward_hook",
+        "_load_state_dict_post_hooks",
+        "_load_state_dict_pre_hooks",
+        "_non_persistent_buffers_set",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        # What a model is called, and how its text is chosen: nothing that K and V depend on.
+        "generation_config",
+        "warnings_issued",
+        "_keys_to_ignore_on_save",
+        "name_or_path",
+        "_name_or_path",
+        "use_cache",
+        "return_dict",
+        "id2label",
+        "label2id",
+        "pad_token_id",
+        "eos_token_id",
+        "bos_token_id",
+    }
+)
+# Hooks of every module of the process.
+_GLOBAL_HOOKS: Final = ("_global_forward_pre_hooks", "_global_forward_hooks")
+# Where the hooks are made that stay on a model once it was asked for hidden states. They only read.
+_COLLECTING: Final = "transformers.utils.output_capturing"
+# Classes whose methods move and load a model, and run no layer.
+_GENERAL: Final = (
+    "transformers.distributed",
+    "transformers.generation",
+    "transformers.integrations.peft",
+    "transformers.modeling_utils",
+    "transformers.utils",
+)
+# How deep containers and objects are followed, and how many items of one attribute.
+_MOST_DEPTH: Final = 5
+_MOST_ITEMS: Final = 4096
+_ANY: Final = ...
+_PLAIN: Final = (
+    bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format
+)  # fmt: skip
+
+
+Container: TypeAlias = "dict[Any, Any] | list[Any] | set[Any]"
+
+
+class Number(NamedTuple):
+    """A number that stands for one object of this process, and for no other one ever."""
+
+    value: int
+
+
+class Objects:
+    """Numbers for objects that have no value to be told apart by."""
+
+    def __init__(self) -> None:
+        self._next = itertools.count(1)
+        self._weak: dict[int, tuple[weakref.ref[object], Number]] = {}
+        self._held: dict[int, tuple[object, Number]] = {}
+
+    def number(self, item: object, held: dict[int, tuple[object, Number]]) -> Number:
+        """Return the number of an object. ``held`` keeps alive what cannot be referred to weakly."""
+        key = id(item)
+        if (known := self._weak.get(key)) is not None and known[0]() is item:
+            return known[1]
+        if (kept := held.get(key)) is not None:
+            return kept[1]
+        number = Number(next(self._next))
+        try:
+            reference = weakref.ref(item, functools.partial(self._forget, key, number))
+        except TypeError:
+            held[key] = item, number
+        else:
+            self._weak[key] = reference, number
+        return number
+
+    def _forget(self, key: int, number: Number, _: object) -> None:
+        # The key may be another object's by now.
+        if (known := self._weak.get(key)) is not None and known[1] == number:
+            self._weak.pop(key, None)
+
+
+_objects: Final = Objects()
+
+
+class Changing:
+    """Plain attributes that the model's own forward pass writes. They describe the last pass, not the model."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, set[object]] = {}
+        self._held: list[object] = []
+
+    def __contains__(self, place: tuple[object, object]) -> bool:
+        keys = self._keys.get(id(place[0]))
+        return keys is not None and place[1] in keys
+
+    def add(self, container: object, key: object) -> None:
+        """Leave an item out from now on. ``container`` is kept alive: its address names it."""
+        if id(container) not in self._keys:
+            self._keys[id(container)] = set()
+            self._held.append(container)
+        self._keys[id(container)].add(key)
+
+    def learn(self, before: ModuleScan, after: ModuleScan) -> None:
+        """Add what differs between two scans with one forward pass between them."""
+        earlier = dict(zip(map(id, before.containers), before.items, strict=True))
+        for container, items in zip(after.containers, after.items, strict=True):
+            known = earlier.get(id(container))
+            if known is None or not isinstance(container, dict) or after.registers(container):
+                continue
+            for key in {*known, *items}:
+                if known.get(key, _ANY) is not items.get(key, _ANY):
+                    self.add(container, key)
+
+
+class ModuleScan:
+    """One look at every module of a model.
+
+    ``facts`` describe what was found, ``tensors`` are to be watched.
+
+    ``held``: objects without a value that an earlier scan numbered. ``changing``: attributes to leave out.
+    ``is_ours``: tells which of the root's attributes an attachment has set. ``own``: what stood there before.
+    """
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        *,
+        changing: Changing,
+        held: dict[int, tuple[object, Number]],
+        own: dict[str, Any] | None = None,
+        is_ours: Callable[[str, object], bool] = lambda _, __: False,
+        name: Callable[[object, dict[int, tuple[object, Number]]], object] = _objects.number,
+    ) -> None:
+        self.modules: list[torch.nn.Module] = []
+        self.types: list[type] = []
+        self.containers: list[Container] = []
+        self.items: list[dict[Any, Any]] = []
+        self.entries: list[Any] = []
+        self.tensors: list[torch.Tensor] = []
+        self.is_exact = True
+        """Whether ``holds`` sees every change. Modules of compiled code keep theirs out of its sight."""
+        self.held: dict[int, tuple[object, Number]] = {}
+        self._known_held = held
+        self._changing = changing
+        self._name_of = name
+        self._own, self._is_ours = own or {}, is_ours
+        self._index: dict[int, int] = {}
+        self._registers: set[int] = set()
+        self._entered: set[tuple[int, str]] = set()
+        self._seen_tensors: dict[int, int] = {}
+        self._seen_containers: dict[int, int] = {}
+        self._classes: dict[type, object] = {}
+        self._depth = self._left = 0
+        self._add_module(root)
+        self._others: list[tuple[Container, dict[Any, Any]]] = []
+        described = [self._module(module) for module in self.modules]  # which grow on the way
+        self.facts = (*described, self._global_hooks())
+        # After the modules' own attributes, which come first and one for each module.
+        self.containers += [container for container, _ in self._others]
+        self.items += [items for _, items in self._others]
+        self.counts = array("q", map(len, self.containers))
+        self.contents = list(itertools.chain.from_iterable(map(_flat, self.containers, self.items)))
+
+    def holds_arguments(self) -> tuple[Any, ...]:
+        """Return what ``kvhybrid._core.holds`` is asked with."""
+        return self.modules, self.types, self.containers, self.counts, self.contents, self.entries
+
+    def _add_module(self, module: torch.nn.Module) -> int:
+        index = self._index.get(id(module))
+        if index is None:
+            index = self._index[id(module)] = len(self.modules)
+            self.modules.append(module)
+            self.types.append(type(module))
+        return index
+
+    def _module(self, module: torch.nn.Module) -> object:
+        own = vars(module)
+        is_root = module is self.modules[0]
+        items: dict[Any, Any] = {}
+        found: list[tuple[str, object]] = []
+        self.containers.append(own)
+        self.items.append(items)
+        for key, value in list(own.items()):
+            if key in _IGNORED or (own, key) in self._changing:
+                items[key] = _ANY
+                continue
+            items[key] = value
+            if is_root and self._is_ours(key, value):
+                continue
+            if key in _HELD and isinstance(value, dict):
+                continue
+            if key == "forward" and _is_own_forward(module, value):
+                continue
+            found.append((key, self._attribute(value)))
+        if is_root:
+            found += [(key, self._attribute(value)) for key, value in self._own.items() if key == "forward"]
+        found.sort(key=lambda pair: pair[0])
+        return self._class(type(module)), tuple(found), self._registered(module)
+
+    def _registered(self, module: torch.nn.Module) -> object:
+        """Describe the modules, tensors and hooks of a module."""
+        facts: list[object] = []
+        for name in _HELD:
+            held: Any = getattr(module, name)
+            values = dict(held.items())
+            own = vars(module).get(name)
+            if isinstance(own, dict) and own is held:
+                self._registers.add(id(own))
+                self._keep(own, values)
+            else:
+                self.is_exact = False
+            if name == "_modules":
+                facts.append(
+                    tuple((k, None if m is None else self._add_module(m)) for k, m in values.items())
+                )
+            elif name in _TENSORS:
+                facts.append(tuple((k, None if t is None else self._tensor(t)) for k, t in values.items()))
+            elif values:
+                facts.append(self._hooks(values, vars(module).get(f"{name}_with_kwargs")))
+        return tuple(facts)
+
+    def registers(self, container: object) -> bool:
+        """Return whether a container is where a module keeps its modules, tensors or hooks."""
+        return id(container) in self._registers
+
+    def _hooks(self, hooks: dict[int, object], with_kwargs: object) -> object:
+        flagged = with_kwargs if isinstance(with_kwargs, dict) else {}
+        if isinstance(with_kwargs, dict):
+            self._keep(with_kwargs, dict(with_kwargs))
+        return tuple(
+            (self._attribute(hook), bool(flagged.get(number)))
+            for number, hook in hooks.items()
+            if getattr(hook, "__module__", "") != _COLLECTING
+        )
+
+    def _global_hooks(self) -> object:
+        found = []
+        for name in _GLOBAL_HOOKS:
+            hooks = getattr(torch_module, name, None)
+            if isinstance(hooks, dict):
+                self._keep(hooks, dict(hooks))
+                found.append(self._hooks(hooks, getattr(torch_module, f"{name}_with_kwargs", None)))
+        return tuple(found)
+
+    def _class(self, kind: type) -> object:
+        """Describe a class by the functions that it runs: its own, and those found in their files."""
+        return tuple(
+            self._functions(each)
+            for each in kind.__mro__
+            if each is not object and not each.__module__.startswith(_GENERAL)
+        )
+
+    def _functions(self, kind: type) -> object:
+        if kind in self._classes:
+            return self._classes[kind]
+        methods: list[tuple[str, object]] = []
+        for name, value in list(vars(kind).items()):
+            function = plain_function(value)
+            is_run = kind is not torch.nn.Module or name in _CALLS
+            if is_run and isinstance(function, types.FunctionType):
+                self.entries += (vars(kind), name, value)
+                methods.append((name, self._number(function)))
+                if kind.__module__.split(".", 1)[0] != "torch":
+                    self._add_globals(function, methods)
+        self._classes[kind] = found = self._number(kind), tuple(methods)
+        return found
+
+    def _add_globals(self, function: types.FunctionType, methods: list[tuple[str, object]]) -> None:
+        """Add the functions and classes that a function finds in its file, and those that they find."""
+        inner = _inner(function)
+        known = inner.__globals__
+        for name in inner.__code__.co_names:
+            value = known.get(name)
+            if not isinstance(value, types.FunctionType | type) or (id(known), name) in self._entered:
+                continue
+            self._entered.add((id(known), name))
+            self.entries += (known, name, value)
+            methods.append((name, self._number(value)))
+            if isinstance(value, types.FunctionType) and value.__globals__ is known:
+                self._add_globals(value, methods)
+
+    def _attribute(self, value: object) -> object:
+        self._depth, self._left = 0, _MOST_ITEMS
+        return self._describe(value)
+
+    def _describe(self, value: object) -> object:
+        if value is None or isinstance(value, _PLAIN):
+            return type(value).__name__, repr(value)
+        if isinstance(value, Enum):
+            return self._number(type(value)), value.name
+        if isinstance(value, torch.Tensor):
+            return "tensor", self._tensor(value)
+        if isinstance(value, torch.nn.Module):
+            return "module", self._add_module(value)
+        if isinstance(value, types.MethodType):
+            return "method", self._describe(value.__func__), self._describe(value.__self__)
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+            return "function", self._number(value)
+        self._left -= 1
+        if self._depth >= _MOST_DEPTH or self._left < 0:
+            return "object", self._number(value)
+        self._depth += 1
+        try:
+            return self._describe_inside(value)
+        finally:
+            self._depth -= 1
+
+    def _describe_inside(self, value: Any) -> object:
+        if isinstance(value, functools.partial):
+            parts = (value.func, value.args, value.keywords)
+            return "partial", tuple(self._describe(part) for part in parts)
+        if isinstance(value, tuple):
+            return type(value).__name__, tuple(self._describe(item) for item in value)
+        if isinstance(value, set | frozenset):
+            items = list(value)
+            if not all(isinstance(item, _PLAIN) for item in items):
+                return "object", self._number(value)
+            described = tuple(sorted(map(repr, items)))
+            if isinstance(value, frozenset):
+                return "set", described
+            return "set", self._within(value, dict.fromkeys(items), lambda: described)
+        if isinstance(value, list):
+            items = list(value)
+            return "list", self._within(
+                value, dict(enumerate(items)), lambda: tuple(map(self._describe, items))
+            )
+        if isinstance(value, dict):
+            return type(value).__name__, self._dictionary(value)
+        inside = getattr(value, "__dict__", None)
+        if not isinstance(inside, dict) or type(value).__module__.split(".", 1)[0] in ("torch", "threading"):
+            return "object", self._number(value)
+        is_settings = hasattr(type(value), "to_dict") or hasattr(type(value), "__dataclass_fields__")
+        identity = None if is_settings else self._number(value)
+        return "object", self._number(type(value)), identity, self._dictionary(inside)
+
+    def _dictionary(self, held: dict[Any, Any]) -> object:
+        pairs = list(held.items())
+        items = {
+            key: _ANY if key in _IGNORED or (held, key) in self._changing else value for key, value in pairs
+        }
+
+        def describe() -> object:
+            return tuple(
+                (repr(key) if isinstance(key, _PLAIN) else self._describe(key), self._describe(items[key]))
+                for key, _ in pairs
+                if items[key] is not _ANY
+            )
+
+        return self._within(held, items, describe)
+
+    def _within(self, container: Container, items: dict[Any, Any], describe: Callable[[], object]) -> object:
+        """Describe a container once; one that is met again is named by its place."""
+        if id(container) in self._seen_containers:
+            return "again", self._seen_containers[id(container)]
+        self._seen_containers[id(container)] = len(self._seen_containers)
+        self._keep(container, items)
+        return describe()
+
+    def _keep(self, container: Container, items: dict[Any, Any]) -> None:
+        self._others.append((container, items))
+
+    def _tensor(self, tensor: torch.Tensor) -> int:
+        index = self._seen_tensors.get(id(tensor))
+        if index is None:
+            index = self._seen_tensors[id(tensor)] = len(self.tensors)
+            self.tensors.append(tensor)
+        return index
+
+    def _number(self, item: object) -> object:
+        if (known := self._known_held.get(id(item))) is not None and known[0] is item:
+            self.held[id(item)] = known
+        return self._name_of(item, self.held)
+
+
+_CALLS: Final = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
+
+
+def _is_own_forward(module: torch.nn.Module, value: object) -> bool:
+    """Return whether ``forward`` on the object is the class's own: some libraries leave it so behind them."""
+    function = getattr(value, "__func__", None)
+    return (
+        function is not None
+        and function is type(module).forward
+        and getattr(value, "__self__", None) is module
+    )
+
+
+def plain_function(value: object) -> object:
+    """Return the function inside a static or class method or a property, or ``value`` itself."""
+    if isinstance(value, staticmethod | classmethod):
+        return value.__func__
+    return value.fget if isinstance(value, property) else value
+
+
+def _inner(function: types.FunctionType) -> types.FunctionType:
+    """Return the function inside decorators that say what they wrap."""
+    while isinstance(inside := getattr(function, "__wrapped__", None), types.FunctionType):
+        function = inside
+    return function
+
+
+def _flat(container: Container, items: dict[Any, Any]) -> Iterable[Any]:
+    if isinstance(container, set):
+        return items
+    if isinstance(container, dict):
+        return itertools.chain.from_iterable(items.items())
+    return items.values()
