@@ -15,8 +15,8 @@ from families import make_model
 
 import kvhybrid
 from kvhybrid import KVCacheConfig
-from kvhybrid.model import model_state, weight_watch
-from kvhybrid.model.model_state import ModelState
+from kvhybrid.model import weight_watch, weights
+from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -246,7 +246,7 @@ def test_methods_replaced_on_a_class_and_functions_of_its_file_count(monkeypatch
     model = make_model("llama")
     state, attention = ModelState(model), type(model.model.layers[0].self_attn)
     names = {state.look()}
-    file = model_state.sys.modules[attention.__module__]
+    file = weights.sys.modules[attention.__module__]
     monkeypatch.setattr(file, "rotate_half", torch.neg)  # reached from another function of the file
     names.add(state.look())
     monkeypatch.setattr(attention, "forward", lambda *_, **__: None)
@@ -312,8 +312,8 @@ def test_nothing_is_walked_while_nothing_changes(monkeypatch: pytest.MonkeyPatch
     model = make_model("llama")
     state = ModelState(model)
     walks: list[object] = []
-    scan = model_state.ModuleScan
-    monkeypatch.setattr(model_state, "ModuleScan", lambda of, **kw: walks.append(of) or scan(of, **kw))
+    scan = weights.ModuleScan
+    monkeypatch.setattr(weights, "ModuleScan", lambda of, **kw: walks.append(of) or scan(of, **kw))
     before = state.look()
     state.survey()
     assert walks == []
@@ -417,7 +417,7 @@ def test_memory_that_another_thread_frees_again_and_again_ends_no_process() -> N
 
 def test_compiled_modules_are_described_without_their_attributes() -> None:
     script = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(8, 8)))
-    scan = model_state.ModuleScan(script, changing=model_state.Changing(), held={})
+    scan = weights.ModuleScan(script, changing=weights.Changing(), held={})
     assert not scan.is_exact
     assert len(scan.tensors) == 2
 

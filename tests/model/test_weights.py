@@ -12,9 +12,9 @@ from transformers.cache_utils import DynamicCache
 from kvhybrid import KVCacheConfig
 from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.model.attach import Attachment
-from kvhybrid.model.model_state import ModelState
 from kvhybrid.model.routes import Route
 from kvhybrid.model.versions import over
+from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

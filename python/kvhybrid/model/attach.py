@@ -27,7 +27,6 @@ from kvhybrid.model.interface import (
     switch_on,
 )
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
-from kvhybrid.model.model_state import ModelState
 from kvhybrid.model.observed import Observed
 from kvhybrid.model.obstacles import (
     ASKED_FOR,
@@ -50,6 +49,7 @@ from kvhybrid.model.stepping import Stepping
 from kvhybrid.model.tenancy import ModelNamespaces, Tenancy
 from kvhybrid.model.transformers_cache import PagedSession
 from kvhybrid.model.versions import CACHE, over, with_cache_named
+from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable

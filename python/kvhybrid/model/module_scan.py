@@ -118,7 +118,7 @@ _objects: Final = Objects()
 
 
 class Changing:
-    """Plain attributes that the model's own forward pass writes. They describe the last pass, not the model."""
+    """Plain attributes that the model's own forward pass writes: they describe the last pass."""
 
     def __init__(self) -> None:
         self._keys: dict[int, set[object]] = {}

@@ -75,7 +75,10 @@ def import_into(rows: SessionRows, data: bytes, fingerprint: Callable[[], str], 
     if found.get("layout") != rows.cache.layout.fingerprint:
         raise LayoutError("the session was exported from another layout (shape, dtype or block_size)")
     if found.get("model") != (known := fingerprint()):
-        raise LayoutError(f"the session was exported from other weights: {found.get('model')}, not {known}")
+        raise LayoutError(
+            "the session was exported from other weights, hooks or settings of a model: fingerprint "
+            f"{found.get('model')}, not {known}"
+        )
     tensors = _tensors(layers, text, rows)
     before = rows.text()
     rows.restore(text)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvhybrid.cache.kv_cache import KVCache
-    from kvhybrid.model.model_state import ModelState, StateName
+    from kvhybrid.model.weights import ModelState, StateName
 
 
 class ModelNamespaces:
