@@ -26,13 +26,16 @@ from kvhybrid.engine.session import Session
 from kvhybrid.engine.statistics import Health
 from kvhybrid.errors import ClosedError, ConfigError, InvalidRequestError
 from kvhybrid.model.compression import Compression
+from kvhybrid.model.interface import model_number
 from kvhybrid.model.load import load_model
 from kvhybrid.model.original import plain_forward
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.probe_compression import obstacle_to_compression
 from kvhybrid.model.routes import Route
 from kvhybrid.model.runner import Packing, Runner
+from kvhybrid.model.tenancy import ModelNamespaces
 from kvhybrid.model.threads import in_own_thread
+from kvhybrid.model.weights import ModelState
 from kvhybrid.presets import CompressionScorer
 
 if TYPE_CHECKING:
@@ -101,6 +104,8 @@ class KVEngine:
             ),
         )
         capacity = self.cache.pool.num_pages * self.cache.layout.block_size
+        self._state = ModelState.of(self.model)
+        self._namespaces = ModelNamespaces(self._state, self.cache, model_number(self.model))
         self._door = Door(self.model, self.tokenizer, capacity)
         self._scheduler = Scheduler(max_queued)
         self._prefill_tokens = prefill_tokens
@@ -115,10 +120,10 @@ class KVEngine:
         if self._was_entered:
             raise ClosedError("an engine can be entered once: build another")
         self._was_entered = True
-        self._runner = Runner(self.model, self.cache.storage, self.packing)
-        lane = Lane(self._runner, self.cache, self._prefill_tokens)
+        self._runner = Runner(self.model, self.cache.storage, self.packing, watching=self._state.learning)
+        lane = Lane(self._runner, self.cache, self._prefill_tokens, self._state.look)
         self._driver = Driver(lane, self._scheduler, self.cache.config.num_workers, self.cache.hints)
-        self._intake = Intake(self._door, self._scheduler, self._driver, self.cache)
+        self._intake = Intake(self._door, self._scheduler, self._driver, self.cache, self._namespaces)
         self._tasks = await anyio.create_task_group().__aenter__()
         self._tasks.start_soon(self._driver.run, name="kvhybrid lane")
         return self
@@ -138,6 +143,7 @@ class KVEngine:
         finally:
             self.stop_recording()
             self._runner.close()
+            self._state.leave()
             for session in self._sessions.values():
                 session.let_go()
             self.cache.close()
@@ -189,6 +195,13 @@ class KVEngine:
         if session is not None:
             session.drop()
         return session is not None
+
+    def weights_changed(self) -> None:
+        """Say that the model computes something else now, so that nothing computed before is found.
+
+        Nearly every change is noticed without it: ``docs/model-state.md`` says which are not.
+        """
+        self._state.weights_changed()
 
     @property
     def num_workers(self) -> int:

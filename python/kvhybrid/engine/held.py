@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.model.compression import Compression
     from kvhybrid.model.rows import Text
+    from kvhybrid.model.weights import StateName
 
 __all__ = ["Held"]
 
@@ -35,30 +36,37 @@ class Held:
         self._scorer = compression.scorer
         self._lock = threading.Lock()
         self._computed: Computed | None = None
+        self._name: StateName | None = None  # what the model was called that computed it
         self._is_closed = False
 
-    def take(self, tokens: Text) -> Computed | None:
+    def take(self, tokens: Text, name: StateName | None) -> Computed | None:
         """Hand out what is held for a prompt that goes on from it, its new tokens pending.
 
-        None when nothing is held, or for another prompt: it is given up then. The last token is left to
-        compute. ``text`` is what of the prompt was computed.
+        ``name``: what the model is called now. None when nothing is held, for another prompt, or when the
+        model has changed: what is held is then given up. The last token is left to compute. ``text`` is what
+        of the prompt was computed.
         """
         with self._lock:
             found, self._computed = self._computed, None
+            is_same_model = name is not None and name == self._name
         if found is None:
             return None
         shared = min(shared_tokens(found.text, tokens), len(tokens) - 1)
-        if shared < len(found.front.text):
+        if not is_same_model or shared < len(found.front.text):
             found.sequence.close()
             return None
         found.sequence.truncate(shared - found.front.removed)
         found.sequence.append(tokens[shared:])
         return Computed(found.sequence, tokens[:shared], found.front)
 
-    def rest(self, computed: Computed) -> None:
-        """Hold what was taken again, with what was computed since; pending tokens are forgotten."""
+    def rest(self, computed: Computed, name: StateName | None) -> None:
+        """Hold what was taken again, with what was computed since; pending tokens are forgotten.
+
+        ``name``: what the model was called when the text was opened.
+        """
         computed.sequence.truncate(computed.sequence.length)
         with self._lock:
+            self._name = name
             before, self._computed = self._computed, None if self._is_closed else computed
             gone = computed if self._is_closed else before
         if gone is not None:
@@ -66,7 +74,7 @@ class Held:
         if gone is not computed:
             self._cache.compressed.rest(self)
 
-    def keep(self, computed: Computed) -> None:
+    def keep(self, computed: Computed, name: StateName | None) -> None:
         """Compress a finished turn's text and hold it. ``computed``'s sequence is closed, or held.
 
         A text that is too short, or without room for both, stays what it is: a whole one is let go of, and
@@ -81,7 +89,7 @@ class Held:
             if not is_out_of_memory(error):
                 logging.getLogger(__name__).exception("a conversation could not be compressed")
         if computed.front.removed:
-            self.rest(computed)
+            self.rest(computed, name)
         else:
             computed.sequence.close()
 

@@ -19,6 +19,7 @@ from kvhybrid.engine.stream import Stream
 from kvhybrid.engine.ticket import Ticket
 from kvhybrid.errors import ClosedError, KVHybridError
 from kvhybrid.model.grid import GRID
+from kvhybrid.model.tenancy import Tenancy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from kvhybrid.engine.driver import Driver
     from kvhybrid.engine.request import Request
     from kvhybrid.engine.scheduler import Scheduler
+    from kvhybrid.model.tenancy import ModelNamespaces
 
 __all__ = ["Intake"]
 
@@ -35,8 +37,16 @@ __all__ = ["Intake"]
 class Intake:
     """Lets requests in. ``door`` reads prompts, one at a time, in a thread that is not the lane's."""
 
-    def __init__(self, door: Door, scheduler: Scheduler, driver: Driver, cache: KVCache) -> None:
+    def __init__(
+        self,
+        door: Door,
+        scheduler: Scheduler,
+        driver: Driver,
+        cache: KVCache,
+        namespaces: ModelNamespaces,
+    ) -> None:
         self.door = door
+        self._namespaces = namespaces
         self._scheduler = scheduler
         self._driver = driver
         self._cache = cache
@@ -87,7 +97,7 @@ class Intake:
         running = Running(
             request,
             prompt,
-            namespace=self._cache.tenant_namespace(request.tenant),
+            tenancy=Tenancy(self._namespaces, request.tenant),
             grid=max(GRID, self._cache.layout.block_size) if self._cache.config.reproducible else 0,
             end_ids=self.door.end_ids,
             tokenizer=self.door.tokenizer,

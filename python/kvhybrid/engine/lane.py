@@ -19,7 +19,7 @@ from kvhybrid.errors import CapacityError
 from kvhybrid.model.sampling import sample
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kvhybrid.engine.running import Running
     from kvhybrid.engine.text import Piece
     from kvhybrid.model.runner import Runner
+    from kvhybrid.model.weights import StateName
 
 __all__ = ["Lane", "Outcome"]
 
@@ -51,9 +52,15 @@ class Outcome:
 class Lane:
     """Steps a batch of rows over ``cache``. ``budget``: most tokens of one step, running rows first."""
 
-    def __init__(self, runner: Runner, cache: KVCache, budget: int) -> None:
+    def __init__(
+        self, runner: Runner, cache: KVCache, budget: int, look: Callable[[], StateName | None]
+    ) -> None:
+        """``look`` returns what the model is called now."""
         self.rows: list[Running] = []
         self._runner = runner
+        self._look = look
+        self._name: StateName | None = None  # what the model was called after the last forward pass
+        self._has_looked = False
         self._pool = cache.pool
         self._storage = cache.storage
         self._hints = cache.hints
@@ -70,6 +77,7 @@ class Lane:
     def step(self, candidates: Sequence[Running]) -> Outcome:
         """Let cancelled rows go and ``candidates`` in, in their order, and compute one step of all rows."""
         out = self._out = Outcome()
+        self._has_looked = False
         self._drop_cancelled(out)
         self._admit(candidates, out)
         if self.rows:
@@ -98,6 +106,8 @@ class Lane:
 
     def _remove(self, row: Running, *, is_done: bool = False) -> None:
         assert row.sequence is not None
+        if row.needs_check:
+            row.verify(self._present_name())
         self._batch.remove(row.sequence)
         self.rows.remove(row)
         if is_done:
@@ -107,6 +117,12 @@ class Lane:
         self._storage.settled()
         self._runner.forget(row.key)
         self._full = False
+
+    def _present_name(self) -> StateName | None:
+        """Look at the model, once between two forward passes."""
+        if not self._has_looked:
+            self._name, self._has_looked = self._look(), True
+        return self._name
 
     def _admit(self, candidates: Sequence[Running], out: Outcome) -> None:
         for row in candidates:
@@ -125,6 +141,7 @@ class Lane:
     def _open(self, row: Running) -> bool:
         """Open the row if the pages suffice for its known tokens and one more, and for those of all rows."""
         size = self._pool.block_size
+        row.look()
         if not self.rows:
             row.open(self._pool)
             return True
@@ -164,7 +181,11 @@ class Lane:
                 for row, span, gap in zip(active, step.spans, gaps, strict=True)
             ]
             ids = torch.from_numpy(np.concatenate(tokens).astype(np.int64))
+            self._has_looked = False
             logits = self._runner.run(step, ids, [row.key for row in active], gaps)
+            if step.fills_blocks:
+                for row, span in zip(active, step.spans, strict=True):
+                    row.verify(self._present_name(), span.total)
             step.commit()
         except Exception as error:  # noqa: BLE001  # the model's code may raise anything
             if step is not None:
@@ -175,6 +196,7 @@ class Lane:
         out.num_tokens = step.num_tokens
         for row, span in zip(active, step.spans, strict=True):
             row.pending -= span.count
+            row.computed()
         self._choose(active, logits, out)
 
     def _plan(self, out: Outcome) -> tuple[list[Running], Step] | None:

@@ -25,9 +25,8 @@ class RetainedConversation:
     num_turns: int
     _tokens: TokenBuffer
 
-    def __init__(self, cache: KVCache, tenant: str, *, is_compressed: bool) -> None:
+    def __init__(self, cache: KVCache, *, is_compressed: bool) -> None:
         self._retention = SessionRetention(cache.pool)
-        self._namespace = cache.tenant_namespace(tenant)
         self._is_compressed = is_compressed
 
     def retain(self, *, priority: int = 0, ttl_s: float | None = None) -> None:
@@ -68,9 +67,9 @@ class RetainedConversation:
         texts = self._text() if tokens is None else [_read(tokens)]
         self._retention.retire(texts, always=True)
 
-    def _end_turn(self, found: int) -> None:
-        """Note a turn whose prompt was cached up to ``found``: what it added is retained, too."""
-        self._retention.begin(self._namespace, self._text(), [found])
+    def _end_turn(self, namespace: int, found: int) -> None:
+        """Retain what a turn in ``namespace`` added to a prompt that was cached up to ``found``."""
+        self._retention.begin(namespace, self._text(), [found])
         self._retention.rest(self._text())
 
     def _text(self) -> list[Text]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from kvhybrid._core import PagePool, Sequence
     from kvhybrid.engine.door import Prompt
     from kvhybrid.engine.request import Request
+    from kvhybrid.model.tenancy import Tenancy
+    from kvhybrid.model.weights import StateName
 
     Rank: TypeAlias = tuple[int, float, int]
 
@@ -51,7 +53,7 @@ class Running:
         request: Request,
         prompt: Prompt,
         *,
-        namespace: int,
+        tenancy: Tenancy,
         end_ids: frozenset[int],
         tokenizer: PreTrainedTokenizerBase | None,
         expires: float = math.inf,
@@ -76,17 +78,26 @@ class Running:
         self.cancelled = False
         self.first_token_at = math.nan
         self._grid = grid
-        self.namespace = namespace
+        self._tenancy = tenancy
+        self.namespace = tenancy.latest()
+        """Where its pages are found: that of the model as it was last seen, until ``look`` is called."""
+        self._is_checked = True  # nothing was computed since the pages were last verified
         self._end_ids = end_ids
 
     def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
-        """Pin the longest cached prefix, or what the conversation holds; everything behind it is pending."""
+        """Pin the longest cached prefix, or what the conversation holds; everything after it is pending.
+
+        ``look`` comes before it and says where to search.
+        """
         self.close()
-        held = self.prompt.held
-        if held is not None and (taken := held.take(self.span(0, len(self.tokens)))) is not None:
+        held, name = self.prompt.held, self._tenancy.name
+        if held is not None and (taken := held.take(self.span(0, len(self.tokens)), name)) is not None:
             self.front = taken.front
             return self._opened(taken.sequence, len(taken.text))
-        sequence = pool.open(self.tokens, self.namespace, align=max(align, self._grid))
+        shares = self._tenancy.may_share
+        align = max(align, self._grid)
+        sequence = pool.open(self.tokens, self.namespace, reuse=shares, share=shares, align=align)
+        sequence.require_verification()
         if self._grid:
             prompt, known = self.num_prompt_tokens, len(self.tokens)
             # What was generated may be cached as part of another prompt, computed in another way.
@@ -96,6 +107,29 @@ class Running:
                 sequence.append(self.span(keep, known))
             sequence.share_up_to(prompt // self._grid * self._grid)
         return self._opened(sequence, sequence.cached)
+
+    def look(self) -> None:
+        """Look at the model: the row is opened among the pages that the model would compute now."""
+        self.namespace = self._tenancy.namespace(texts=[self.span(0, len(self.tokens))])
+
+    @property
+    def needs_check(self) -> bool:
+        """True when something was computed that may be sealed only once the model was looked at."""
+        return self.sequence is not None and not self._is_checked
+
+    def computed(self) -> None:
+        """Note that a step of this row was committed."""
+        self._is_checked = False
+
+    def verify(self, name: StateName | None, length: int | None = None) -> None:
+        """Let the first ``length`` stored tokens (all that are computed) be sealed, if the model is what it
+        was.
+
+        ``name``: what the model is called now.
+        """
+        if self.sequence is not None and name is not None and name == self._tenancy.name:
+            self.sequence.verify(self.sequence.length if length is None else length)
+            self._is_checked = length is None
 
     def _opened(self, sequence: Sequence, found: int) -> Sequence:
         self.sequence, self.pending, self.next = sequence, sequence.pending, None
@@ -116,7 +150,7 @@ class Running:
         if (computed := self._let_go()) is None:
             return
         if self.prompt.held is not None and computed.front.removed:
-            self.prompt.held.rest(computed)
+            self.prompt.held.rest(computed, self._tenancy.name)
         else:
             computed.sequence.close()
 
@@ -128,7 +162,7 @@ class Running:
         if self.prompt.held is None:
             self.close()
         elif (computed := self._let_go()) is not None:
-            self.prompt.held.keep(computed)
+            self.prompt.held.keep(computed, self._tenancy.name)
 
     def _let_go(self) -> Computed | None:
         """Return what was computed, and be without it."""

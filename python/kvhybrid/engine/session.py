@@ -48,7 +48,7 @@ class Session(RetainedConversation):
         self, session_id: str, tenant: str, intake: Intake, cache: KVCache, held: Held | None = None
     ) -> None:
         """``held``: takes and keeps the conversation's compressed pages; None where it is not compressed."""
-        super().__init__(cache, tenant, is_compressed=held is not None)
+        super().__init__(cache, is_compressed=held is not None)
         self.id = session_id
         self.tenant = tenant
         self.num_turns = 0
@@ -131,7 +131,7 @@ class Session(RetainedConversation):
         self._rendered = running.prompt.text or ""
         self._messages += [*(request.messages or ()), {"role": "assistant", "content": ANSWER}]
         self.num_turns += 1
-        self._end_turn(running.cached_tokens)
+        self._end_turn(running.namespace, running.cached_tokens)
 
     def _prepare(self, request: Request) -> Prompt:
         """Return the conversation with the new turn behind it. Runs in the door's thread."""

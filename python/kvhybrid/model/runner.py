@@ -8,6 +8,7 @@ pass a row over contiguous tensors, for models whose attention does not read pag
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ from kvhybrid.model.routes import MaterialisedReader, PagedReader
 from kvhybrid.model.versions import columns_fed, over
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from transformers import PreTrainedModel
 
@@ -37,12 +39,20 @@ class Packing(StrEnum):
 
 
 class Runner:
-    """Runs steps over ``storage`` through ``model``, which must not be trained meanwhile."""
+    """Runs steps over ``storage`` through ``model``."""
 
-    def __init__(self, model: PreTrainedModel, storage: PageStorage, packing: Packing) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        storage: PageStorage,
+        packing: Packing,
+        watching: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """``watching`` is entered around every forward pass."""
         self.model = model
         self.packing = packing
         self._storage = storage
+        self._watching = watching
         self._paged = PagedReader(PagedAttention(storage), mirrors=False)
         self._mirrors: dict[int, MaterialisedReader] = {}
         parameters = inspect.signature(model.forward).parameters
@@ -91,7 +101,7 @@ class Runner:
         if self._takes_positions:
             options["position_ids"] = positions[None].to(tokens.device)
         reader.start(columns)
-        with reading_pages(reader.reads_pages):
+        with self._watching(), reading_pages(reader.reads_pages):
             output = self.model(
                 input_ids=tokens[None],
                 **over(StepCache(step, reader, columns, gaps[0] if columns else 0)),

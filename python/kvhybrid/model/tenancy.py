@@ -43,12 +43,14 @@ class ModelNamespaces:
 
 
 class Tenancy:
-    """One session's tenant and the model's name as of when its text was opened."""
+    """One text's tenant, and the model's name as of when the text was opened (``name``)."""
 
     def __init__(self, namespaces: ModelNamespaces, tenant: str) -> None:
         self._namespaces = namespaces
         self._tenant = tenant
-        self._name: StateName | None = None
+        self.name: StateName | None = None
+        self.may_share = False
+        """False while the model drops out at random, or could not be looked at: nothing is found or shared."""
 
     def namespace(self, *parts: str, texts: Sequence[npt.NDArray[np.uint32]] = ()) -> int:
         """Look at the model and return the namespace of ``texts`` under its present name.
@@ -56,15 +58,20 @@ class Tenancy:
         ``parts`` keep apart what was computed in another way.
         """
         tokens = np.concatenate(texts).astype(np.int64) if len(texts) else None
-        self._name = self._namespaces.state.look(tokens)
-        if self._name is None:
+        self.name = self._namespaces.state.look(tokens)
+        self.may_share = self.name is not None and not self._namespaces.state.drops_out
+        if self.name is None:
             return self._namespaces.private()
-        return self._namespaces.number(self._tenant, self._name, *parts)
+        return self._namespaces.number(self._tenant, self.name, *parts)
+
+    def latest(self) -> int:
+        """Return the tenant's namespace under the name that the model had when it was last looked at."""
+        return self._namespaces.number(self._tenant, self._namespaces.state.latest)
 
     def follow(self, other: Self) -> None:
         """Take over the name under which ``other`` was opened, together with its pages."""
-        self._name = other._name
+        self.name, self.may_share = other.name, other.may_share
 
     def is_stale(self) -> bool:
         """Return whether the model computes something else than when ``namespace`` was last asked."""
-        return self._name is None or self._namespaces.state.look() != self._name
+        return self.name is None or self._namespaces.state.look() != self.name

@@ -90,6 +90,8 @@ class ModelState:
         self._changing = Changing()
         self._passes = 0
         self._users = 0
+        self.latest = StateName(0, "", "")
+        """The name that the last look found, of whatever thread."""
         watch_optimizers(self)
         self.look()
 
@@ -143,7 +145,8 @@ class ModelState:
                 self._look(tokens)
             finally:
                 self._is_looking = False
-            return StateName(self.epoch, self._facts, precision)
+            self.latest = StateName(self.epoch, self._facts, precision)
+            return self.latest
 
     def _look(self, tokens: npt.NDArray[np.int64] | None) -> None:
         scan, told = self._scan, self._told
