@@ -122,10 +122,9 @@ class Running:
         self._is_checked = False
 
     def verify(self, name: StateName | None, length: int | None = None) -> None:
-        """Let the first ``length`` stored tokens (all that are computed) be sealed, if the model is what it
-        was.
+        """Let the first ``length`` stored tokens be sealed, if the model is what it was when they were opened.
 
-        ``name``: what the model is called now.
+        ``name``: what the model is called now. Without ``length``: all that were computed.
         """
         if self.sequence is not None and name is not None and name == self._tenancy.name:
             self.sequence.verify(self.sequence.length if length is None else length)

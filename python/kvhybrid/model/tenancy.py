@@ -50,7 +50,7 @@ class Tenancy:
         self._tenant = tenant
         self.name: StateName | None = None
         self.may_share = False
-        """False while the model drops out at random, or could not be looked at: nothing is found or shared."""
+        """False while the model drops out at random, or could not be looked at: nothing is shared."""
 
     def namespace(self, *parts: str, texts: Sequence[npt.NDArray[np.uint32]] = ()) -> int:
         """Look at the model and return the namespace of ``texts`` under its present name.
