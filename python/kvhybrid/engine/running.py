@@ -122,7 +122,7 @@ class Running:
         self._is_checked = False
 
     def verify(self, name: StateName | None, length: int | None = None) -> None:
-        """Let the first ``length`` stored tokens be sealed, if the model is what it was when they were opened.
+        """Let the first ``length`` stored tokens be sealed, if the model is what it was at ``look``.
 
         ``name``: what the model is called now. Without ``length``: all that were computed.
         """

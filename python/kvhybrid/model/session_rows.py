@@ -8,7 +8,7 @@ and nothing of ``transformers``.
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +22,10 @@ from kvhybrid.model.passes import bounded
 from kvhybrid.model.released import NOTHING, Released
 from kvhybrid.model.rows import Fed, Rows
 from kvhybrid.model.session_retention import SessionRetention
+from kvhybrid.model.verification import Verification
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     import torch
 
@@ -35,19 +36,7 @@ if TYPE_CHECKING:
     from kvhybrid.model.routes import Reader
     from kvhybrid.model.rows import Text
     from kvhybrid.model.session_states import SessionStates
-
-
-class Weights(Protocol):
-    """What K and V depend on beside the tokens, and so whose pages a session may find."""
-
-    def namespace(self, *parts: str, texts: Sequence[Text] = ()) -> int:
-        """Look at the model and return the namespace in which ``texts`` are opened."""
-
-    def follow(self, other: Self) -> None:
-        """Take over the model's name under which ``other`` was opened, together with its pages."""
-
-    def is_stale(self) -> bool:
-        """Look at the model and return whether it has changed since ``namespace`` was last asked."""
+    from kvhybrid.model.verification import Weights
 
 
 class SessionRows:
@@ -82,10 +71,8 @@ class SessionRows:
         self.states = states
         self.observed = observed
         self.retention = SessionRetention(cache.pool)
-        self._weights = weights
+        self._verification = Verification(weights)
         self._vocab_size = vocab_size
-        self._is_stale = False  # the model had changed when pages were about to be sealed
-        self._has_unverified = False  # something was computed since the last look
         self._mixes_rows = mixes_rows
         self._released = NOTHING
         self._reopening = NOTHING
@@ -129,7 +116,7 @@ class SessionRows:
         self.owner.check_open()
         ids = read_ids(input_ids, self.vocab_size)
         batch, width = ids.shape
-        if self.rows is not None and self.rows.is_compressed and self._weights.is_stale():
+        if self.rows is not None and self.rows.is_compressed and self._verification.look():
             self._let_go()
         if mask is not None and mask.dim() == 2 and mask.shape[1] > width:
             # The text so far is left as it is, and ``begin`` appends the new tokens to it.
@@ -170,8 +157,7 @@ class SessionRows:
             # A batch of another shape adds up in another order, and padding moves a text's passes.
             parts = ("batch", repr(pads))
             share = len(texts) == 1 or not self._mixes_rows
-        namespace = self._weights.namespace(*parts, texts=texts)
-        self._is_stale = self._has_unverified = False
+        namespace = self._verification.open(*parts, texts=texts)
         rows = Rows.open(
             self.cache,
             texts,
@@ -220,8 +206,7 @@ class SessionRows:
         """
         # Inside a call of ``generate`` the text goes on over what it began with, as with any other cache.
         is_direct = self.rows is not None and self.owner.depth == 1
-        if is_direct and (self._is_stale or (looks and self._weights.is_stale())):
-            self._is_stale = True
+        if is_direct and (self._verification.look() if looks else self._verification.is_stale):
             self.finish(success=False)
             self._let_go()
         released = self._released
@@ -323,8 +308,7 @@ class SessionRows:
         self._forget_step(self.rows, fed)
 
     def _commit(self, step: Step, rows: Rows) -> None:
-        is_verified = step.fills_blocks and self._verify(rows, step)
-        self._has_unverified = not is_verified
+        is_verified = self._verification.verify(rows, step)
         if self.states is not None and (left_out := self.states.live.left_out()):
             step.abandon()
             raise UnsupportedError(f"the forward pass left out layers that keep a state: {left_out}")
@@ -335,17 +319,6 @@ class SessionRows:
         rows.columns += self._width
         if self.states is not None and is_verified and self.grid.is_exact(rows.columns):
             self.states.keep(list(zip(rows.pads, rows.sequences, strict=True)), self._width)
-
-    def _verify(self, rows: Rows, step: Step | None = None) -> bool:
-        """Look at the model; if it is what it was, what was computed may be sealed, this step included.
-
-        If not, the text's pages are never shared, and the next call computes the text again.
-        """
-        self._is_stale = self._is_stale or self._weights.is_stale()
-        if not self._is_stale:
-            rows.verify(step)
-            self._has_unverified = False
-        return not self._is_stale
 
     def _forget_step(self, rows: Rows, fed: Fed) -> None:
         if fed.is_new:
@@ -398,8 +371,7 @@ class SessionRows:
         """Hold ``rows``, of the same text, in place of those held."""
         old, self.rows = self.rows, rows
         if old is not None:
-            if self._has_unverified:
-                self._verify(old)
+            self._verification.settle(old)
             old.close()
         self.reader.forget(0)
         self.cache.storage.settled()
@@ -418,8 +390,7 @@ class SessionRows:
     def _let_go(self) -> None:
         if self.rows is not None:
             released = self.text()
-            if self._has_unverified:
-                self._verify(self.rows)
+            self._verification.settle(self.rows)
             self.retention.let_go(self.rows.sequences)
             self._drop_rows()
             self._released = released
@@ -506,8 +477,7 @@ class SessionRows:
             other.cache.compressed.rest(other)
         other.grid.follow(self.grid)
         other.retention.follow(self.retention)
-        other._weights.follow(self._weights)
-        other._is_stale, other._has_unverified = self._is_stale, self._has_unverified
+        other._verification.follow(self._verification)
 
     def materialise(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return copies ``[batch, num_kv_heads, columns, width]`` of a layer's K and V, zeros for padding.
