@@ -15,7 +15,8 @@ from families import make_model
 
 import kvhybrid
 from kvhybrid import KVCacheConfig
-from kvhybrid.model import weight_watch, weights
+from kvhybrid.model import weights
+from kvhybrid.model.watch import far_weights, samples, weight_watch
 from kvhybrid.model.weights import ModelState
 
 if TYPE_CHECKING:
@@ -436,9 +437,9 @@ def test_samples_are_spread_and_lie_within_the_tensor(
         tensor = tensor.transpose(0, -1)
     elif how == "sliced":
         tensor = torch.randint(0, 2, (2 * shape[0], *shape[1:])).to(dtype)[::2]
-    places = weight_watch._spread(tensor)
+    places = samples.spread(tensor)
     indices = np.unravel_index(places.numpy(), tensor.shape)
-    assert len(places) == min(tensor.numel(), weight_watch.SAMPLES)
+    assert len(places) == min(tensor.numel(), samples.SAMPLES)
     for axis, size in enumerate(tensor.shape):
         assert len(set(indices[axis].tolist())) > min(size, 3) // 2  # more than one row, more than one column
     watch = weight_watch.WeightWatch([tensor])
@@ -479,7 +480,7 @@ def test_two_values_that_change_places_are_seen() -> None:
 
 def test_the_sums_of_other_devices_see_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     for tensor in (torch.randn(70000), torch.randn(300, 400).t(), torch.randn(90, 1000)[::2]):
-        far = weight_watch._FarWeights([tensor])
+        far = far_weights.FarWeights([tensor])
         everything = range(len(far.blocks))
         assert far.has_same_samples()
         assert far.has_same_blocks(everything)

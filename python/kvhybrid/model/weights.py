@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import torch
 
 from kvhybrid._core import holds
-from kvhybrid.model.module_scan import Changing, ModuleScan, plain_function
-from kvhybrid.model.optimizer_steps import unwatch_optimizers, watch_optimizers
 from kvhybrid.model.original import is_ours, replaced
-from kvhybrid.model.weight_watch import WeightWatch
+from kvhybrid.model.watch.changing import Changing
+from kvhybrid.model.watch.classes import plain_function
+from kvhybrid.model.watch.module_scan import ModuleScan
+from kvhybrid.model.watch.optimizer_steps import unwatch_optimizers, watch_optimizers
+from kvhybrid.model.watch.weight_watch import WeightWatch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from transformers import PreTrainedModel
 
-    from kvhybrid.model.module_scan import Number
+    from kvhybrid.model.watch.objects import Number
 
 # How configurations call the share of attention weights that are dropped in training.
 ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")

@@ -12,16 +12,23 @@ from __future__ import annotations
 import functools
 import itertools
 import types
-import weakref
 from array import array
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import torch
 from torch.nn.modules import module as torch_module
 
+from kvhybrid.model.watch.classes import Classes
+from kvhybrid.model.watch.objects import objects
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from kvhybrid.model.watch.changing import Changing
+    from kvhybrid.model.watch.objects import Number
+
+__all__ = ["ModuleScan"]
 
 # Dictionaries of a module that a forward pass runs over. Others of torch's own serve training and saving.
 HOOKS: Final = ("_forward_pre_hooks", "_forward_hooks")
@@ -58,14 +65,6 @@ _IGNORED: Final = frozenset(
 _GLOBAL_HOOKS: Final = ("_global_forward_pre_hooks", "_global_forward_hooks")
 # Where the hooks are made that stay on a model once it was asked for hidden states. They only read.
 _COLLECTING: Final = "transformers.utils.output_capturing"
-# Classes whose methods move and load a model, and run no layer.
-_GENERAL: Final = (
-    "transformers.distributed",
-    "transformers.generation",
-    "transformers.integrations.peft",
-    "transformers.modeling_utils",
-    "transformers.utils",
-)
 # How deep containers and objects are followed, and how many items of one attribute.
 _MOST_DEPTH: Final = 5
 _MOST_ITEMS: Final = 4096
@@ -76,75 +75,6 @@ _PLAIN: Final = (
 
 
 Container: TypeAlias = "dict[Any, Any] | list[Any] | set[Any]"
-
-
-class Number(NamedTuple):
-    """A number that stands for one object of this process, and for no other one ever."""
-
-    value: int
-
-
-class Objects:
-    """Numbers for objects that have no value to be told apart by."""
-
-    def __init__(self) -> None:
-        self._next = itertools.count(1)
-        self._weak: dict[int, tuple[weakref.ref[object], Number]] = {}
-        self._held: dict[int, tuple[object, Number]] = {}
-
-    def number(self, item: object, held: dict[int, tuple[object, Number]]) -> Number:
-        """Return the number of an object. ``held`` keeps alive what cannot be referred to weakly."""
-        key = id(item)
-        if (known := self._weak.get(key)) is not None and known[0]() is item:
-            return known[1]
-        if (kept := held.get(key)) is not None:
-            return kept[1]
-        number = Number(next(self._next))
-        try:
-            reference = weakref.ref(item, functools.partial(self._forget, key, number))
-        except TypeError:
-            held[key] = item, number
-        else:
-            self._weak[key] = reference, number
-        return number
-
-    def _forget(self, key: int, number: Number, _: object) -> None:
-        # The key may be another object's by now.
-        if (known := self._weak.get(key)) is not None and known[1] == number:
-            self._weak.pop(key, None)
-
-
-_objects: Final = Objects()
-
-
-class Changing:
-    """Plain attributes that the model's own forward pass writes: they describe the last pass."""
-
-    def __init__(self) -> None:
-        self._keys: dict[int, set[object]] = {}
-        self._held: list[object] = []
-
-    def __contains__(self, place: tuple[object, object]) -> bool:
-        keys = self._keys.get(id(place[0]))
-        return keys is not None and place[1] in keys
-
-    def add(self, container: object, key: object) -> None:
-        """Leave an item out from now on. ``container`` is kept alive: its address names it."""
-        if id(container) not in self._keys:
-            self._keys[id(container)] = set()
-            self._held.append(container)
-        self._keys[id(container)].add(key)
-
-    def learn(self, before: ModuleScan, after: ModuleScan) -> None:
-        """Add what differs between two scans with one forward pass between them."""
-        earlier = dict(zip(map(id, before.containers), before.items, strict=True))
-        for container, items in zip(after.containers, after.items, strict=True):
-            known = earlier.get(id(container))
-            if known is None or not isinstance(container, dict) or after.registers(container):
-                continue
-            for key in {*known, *items}:
-                if known.get(key, _ANY) is not items.get(key, _ANY):
-                    self.add(container, key)
 
 
 class ModuleScan:
@@ -164,13 +94,12 @@ class ModuleScan:
         held: dict[int, tuple[object, Number]],
         own: dict[str, Any] | None = None,
         is_ours: Callable[[str, object], bool] = lambda _, __: False,
-        name: Callable[[object, dict[int, tuple[object, Number]]], object] = _objects.number,
+        name: Callable[[object, dict[int, tuple[object, Number]]], object] = objects.number,
     ) -> None:
         self.modules: list[torch.nn.Module] = []
         self.types: list[type] = []
         self.containers: list[Container] = []
         self.items: list[dict[Any, Any]] = []
-        self.entries: list[Any] = []
         self.tensors: list[torch.Tensor] = []
         self.is_exact = True
         """Whether ``holds`` sees every change. Modules of compiled code keep theirs out of its sight."""
@@ -181,10 +110,9 @@ class ModuleScan:
         self._own, self._is_ours = own or {}, is_ours
         self._index: dict[int, int] = {}
         self._registers: set[int] = set()
-        self._entered: set[tuple[int, str]] = set()
         self._seen_tensors: dict[int, int] = {}
         self._seen_containers: dict[int, int] = {}
-        self._classes: dict[type, object] = {}
+        self._classes = Classes(self._number)
         self._depth = self._left = 0
         self._add_module(root)
         self._others: list[tuple[Container, dict[Any, Any]]] = []
@@ -198,7 +126,7 @@ class ModuleScan:
 
     def holds_arguments(self) -> tuple[Any, ...]:
         """Return what ``kvhybrid._core.holds`` is asked with."""
-        return self.modules, self.types, self.containers, self.counts, self.contents, self.entries
+        return self.modules, self.types, self.containers, self.counts, self.contents, self._classes.entries
 
     def _add_module(self, module: torch.nn.Module) -> int:
         index = self._index.get(id(module))
@@ -230,7 +158,7 @@ class ModuleScan:
         if is_root:
             found += [(key, self._attribute(value)) for key, value in self._own.items() if key == "forward"]
         found.sort(key=lambda pair: pair[0])
-        return self._class(type(module)), tuple(found), self._registered(module)
+        return self._classes.describe(type(module)), tuple(found), self._registered(module)
 
     def _registered(self, module: torch.nn.Module) -> object:
         """Describe the modules, tensors and hooks of a module."""
@@ -276,43 +204,6 @@ class ModuleScan:
                 self._keep(hooks, dict(hooks))
                 found.append(self._hooks(hooks, getattr(torch_module, f"{name}_with_kwargs", None)))
         return tuple(found)
-
-    def _class(self, kind: type) -> object:
-        """Describe a class by the functions that it runs: its own, and those found in their files."""
-        return tuple(
-            self._functions(each)
-            for each in kind.__mro__
-            if each is not object and not each.__module__.startswith(_GENERAL)
-        )
-
-    def _functions(self, kind: type) -> object:
-        if kind in self._classes:
-            return self._classes[kind]
-        methods: list[tuple[str, object]] = []
-        for name, value in list(vars(kind).items()):
-            function = plain_function(value)
-            is_run = kind is not torch.nn.Module or name in _CALLS
-            if is_run and isinstance(function, types.FunctionType):
-                self.entries += (vars(kind), name, value)
-                methods.append((name, self._number(function)))
-                if kind.__module__.split(".", 1)[0] != "torch":
-                    self._add_globals(function, methods)
-        self._classes[kind] = found = self._number(kind), tuple(methods)
-        return found
-
-    def _add_globals(self, function: types.FunctionType, methods: list[tuple[str, object]]) -> None:
-        """Add the functions and classes that a function finds in its file, and those that they find."""
-        inner = _inner(function)
-        known = inner.__globals__
-        for name in inner.__code__.co_names:
-            value = known.get(name)
-            if not isinstance(value, types.FunctionType | type) or (id(known), name) in self._entered:
-                continue
-            self._entered.add((id(known), name))
-            self.entries += (known, name, value)
-            methods.append((name, self._number(value)))
-            if isinstance(value, types.FunctionType) and value.__globals__ is known:
-                self._add_globals(value, methods)
 
     def _attribute(self, value: object) -> object:
         self._depth, self._left = 0, _MOST_ITEMS
@@ -407,9 +298,6 @@ class ModuleScan:
         return self._name_of(item, self.held)
 
 
-_CALLS: Final = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
-
-
 def _is_own_forward(module: torch.nn.Module, value: object) -> bool:
     """Return whether ``forward`` on the object is the class's own: some libraries leave it so behind them."""
     function = getattr(value, "__func__", None)
@@ -418,20 +306,6 @@ def _is_own_forward(module: torch.nn.Module, value: object) -> bool:
         and function is type(module).forward
         and getattr(value, "__self__", None) is module
     )
-
-
-def plain_function(value: object) -> object:
-    """Return the function inside a static or class method or a property, or ``value`` itself."""
-    if isinstance(value, staticmethod | classmethod):
-        return value.__func__
-    return value.fget if isinstance(value, property) else value
-
-
-def _inner(function: types.FunctionType) -> types.FunctionType:
-    """Return the function inside decorators that say what they wrap."""
-    while isinstance(inside := getattr(function, "__wrapped__", None), types.FunctionType):
-        function = inside
-    return function
 
 
 def _flat(container: Container, items: dict[Any, Any]) -> Iterable[Any]:
