@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kvhybrid import CapacityError, InvalidRequestError, KVCacheConfig, KVEngine, UnsupportedError
+from kvhybrid.model.tenancy import Tenancy
 
 A, B, C = (letter * 40 for letter in "ABC")
 
@@ -84,7 +85,7 @@ async def test_hints_hold_a_quarter_of_the_pages_at_most(make_engine):
     async with make_engine(max_tokens=256) as engine:
         for text in (A, B, C):
             await ask(engine, text)
-        hints, namespace = engine.cache.hints, engine.cache.tenant_namespace("default")
+        hints, namespace = engine.cache.hints, Tenancy(engine._namespaces, "default").latest()
         for key, text in enumerate((A, B, C)):
             hints.hold(key, ids(engine, text), namespace)
         assert engine.get_stats()["hinted_requests"] == 1

@@ -42,17 +42,18 @@ class Held:
     def take(self, tokens: Text, name: StateName | None) -> Computed | None:
         """Hand out what is held for a prompt that goes on from it, its new tokens pending.
 
-        ``name``: what the model is called now. None when nothing is held, for another prompt, or when the
-        model has changed: what is held is then given up. The last token is left to compute. ``text`` is what
-        of the prompt was computed.
+        ``name``: what the model is called now. None when nothing is held, when the model has changed, or for
+        another prompt: it is given up then. The last token is left to compute. ``text`` is what of the prompt
+        was computed.
         """
         with self._lock:
+            if name is None or name != self._name:
+                return None  # kept: a model that fails may be mended, and what it computed is right again
             found, self._computed = self._computed, None
-            is_same_model = name is not None and name == self._name
         if found is None:
             return None
         shared = min(shared_tokens(found.text, tokens), len(tokens) - 1)
-        if not is_same_model or shared < len(found.front.text):
+        if shared < len(found.front.text):
             found.sequence.close()
             return None
         found.sequence.truncate(shared - found.front.removed)
