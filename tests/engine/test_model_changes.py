@@ -1,5 +1,7 @@
 """The model of a live engine changes: nothing that it computed before is found, and what comes back is."""
 
+import gc
+import tracemalloc
 from contextlib import contextmanager
 
 import anyio
@@ -301,3 +303,44 @@ async def test_two_engines_of_one_model_see_its_changes(make_engine, model, own_
             for engine in (one, other):
                 answer = await engine.process_request(REQUEST)
                 assert (answer["token_ids"], answer["cached_tokens"]) == (expected, 0)
+
+
+async def serve_with_hooks(engine, model, numbers):
+    """One request after the other, each under a hook of its own; every fifth hook raises."""
+
+    def hook(number):
+        def change(module, given, output):
+            if number % 5 == 4:
+                raise RuntimeError("not today")
+            return output * (1 + number % 3)
+
+        return change
+
+    for number in numbers:
+        handle = projection(model).register_forward_hook(hook(number))
+        try:
+            request = {"token_ids": IDS[: 20 + number % 50], "max_length": 1, "tenant": f"t{number % 17}"}
+            await engine.process_request(request)
+        except RuntimeError:
+            assert number % 5 == 4
+        finally:
+            handle.remove()
+
+
+async def test_hooks_and_failures_without_end_take_no_memory(make_engine, model, balanced):
+    async with make_engine(model) as engine:
+        await serve_with_hooks(engine, model, range(100))
+        tracemalloc.start()
+        try:
+            await serve_with_hooks(engine, model, range(20))
+            gc.collect()
+            before = tracemalloc.get_traced_memory()[0]
+            names = len(engine.cache._namespaces)
+            await serve_with_hooks(engine, model, range(200))
+            gc.collect()
+            grown = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        # Names without pages are forgotten once there are thousands; each takes under a kilobyte until then.
+        assert grown - (len(engine.cache._namespaces) - names) * 1024 < 64 * 1024
+        balanced(engine)
