@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvhybrid._core import TokenBuffer
+from kvhybrid.engine.messages import without_none
 from kvhybrid.errors import CapacityError, InvalidRequestError
 from kvhybrid.model.padding import check_ids, vocab_size
 
@@ -116,7 +117,7 @@ class Door:
             raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
         try:
             text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True
+                [without_none(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program of the model's author: anything may come
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error

@@ -14,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from kvhybrid.cache.retention import MOST_PRIORITY, Retention
 from kvhybrid.engine.expectations import Expectation
+from kvhybrid.engine.messages import check_text, copied
 from kvhybrid.errors import InvalidRequestError
 
 __all__ = ["MAX_NEW_TOKENS", "Request", "check_names"]
@@ -43,6 +44,7 @@ ALLOWED: Final = {
 _short = Repr()
 _short.maxstring = _short.maxother = 60
 PROMPTS: Final = ("text", "messages", "token_ids")
+TEXTS: Final = frozenset({"text", "messages", "stop", "session_id", "tenant"})
 
 
 def _stops(value: object) -> object:
@@ -52,7 +54,7 @@ def _stops(value: object) -> object:
 def _message(value: object) -> object:
     if not isinstance(value, Mapping) or not isinstance(value.get("role"), str):
         raise ValueError("no message")  # noqa: TRY004  # pydantic collects ValueError only
-    return dict(value)
+    return value
 
 
 def _retention(value: object) -> object:
@@ -152,6 +154,17 @@ class Request(BaseModel):
                 problem = _describe(error)
         raise InvalidRequestError(problem)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _readable(cls, fields: Any) -> Any:
+        """Refuse text that cannot be encoded, and take a copy of what the caller may change afterwards."""
+        if not isinstance(fields, Mapping):
+            return fields
+        read = dict(fields)
+        for name in TEXTS & read.keys():
+            read[name] = copied(read[name], name)
+        return read
+
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
         given = [name for name in PROMPTS if getattr(self, name) is not None]
@@ -167,13 +180,18 @@ def check_names(**names: object) -> None:
     for name, value in names.items():
         if not isinstance(value, str) or not 1 <= len(value) <= MAX_NAME:
             raise InvalidRequestError(f"{name}={_short.repr(value)}: must be {ALLOWED[name]}")
+        try:
+            check_text(value, name)
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from None
 
 
 def _unknown(value: Mapping[str, Any]) -> str:
     for name in value:
         if name not in Request.model_fields:
             near = get_close_matches(str(name), Request.model_fields, n=1)
-            return f"{name}: no such field" + (f"; did you mean {near[0]}?" if near else "")
+            said = str(name).encode("utf-8", "backslashreplace").decode()
+            return f"{said}: no such field" + (f"; did you mean {near[0]}?" if near else "")
     return ""
 
 

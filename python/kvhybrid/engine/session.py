@@ -9,6 +9,7 @@ is compressed: those would not be found again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ from kvhybrid.engine.retained import RetainedConversation
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from kvhybrid.cache.kv_cache import KVCache
     from kvhybrid.engine.door import Prompt
@@ -104,7 +105,8 @@ class Session(RetainedConversation):
         elif isinstance(prompt, str):
             fields = {"text": prompt}
         else:
-            fields = {"messages": list(prompt)}
+            given: object = prompt  # whatever it is, the request says what is wrong with it
+            fields = {"messages": list(given) if isinstance(given, Sequence) else given}
         if self._retention.said is not None:
             fields["retention"] = self._retention.said
         request = Request.parse({**fields, **own, **parameters})
