@@ -64,9 +64,10 @@ def holds(
 ) -> bool:
     """Return whether ``owners`` are of ``types`` and have the first ``containers`` as their attributes, and
     whether all containers hold what they held: ``counts`` (int64) items each, ``contents`` one after the
-    other (keys and values of dictionaries, items of lists), in order and no others. An ellipsis stands for
-    anything. ``entries``: triples of a mapping, a key and what must be there. All by identity. Raises
-    ``ValueError`` for lists that do not fit each other."""
+    other (keys and values of dictionaries, items of lists), in order and no others; of the attributes of a
+    class (``vars(kind)``) only the number. An ellipsis stands for anything. ``entries``: triples of a
+    dictionary and a key, or of any other object and the name of an attribute, and what must be there. All by
+    identity. Raises ``ValueError`` for lists that do not fit each other."""
 
 def read_at(addresses: _Buffer, lengths: _Buffer) -> bytes | None:
     """Return the bytes at addresses (both int64), one piece after the other; None where some of them are not

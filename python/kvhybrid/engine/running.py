@@ -126,7 +126,7 @@ class Running:
 
         ``name``: what the model is called now. Without ``length``: all that were computed.
         """
-        if self.sequence is not None and name is not None and name == self._tenancy.name:
+        if self.sequence is not None and self._tenancy.check(name):
             self.sequence.verify(self.sequence.length if length is None else length)
             self._is_checked = length is None
 

@@ -74,4 +74,14 @@ class Tenancy:
 
     def is_stale(self) -> bool:
         """Return whether the model computes something else than when ``namespace`` was last asked."""
-        return self.name is None or self._namespaces.state.look() != self.name
+        is_stale = self.name is None or self._namespaces.state.look() != self.name
+        if is_stale:
+            self._namespaces.state.suspect()
+        return is_stale
+
+    def check(self, name: StateName | None) -> bool:
+        """Return whether the model is called ``name`` now, as it was when the text was opened."""
+        if name is not None and name == self.name:
+            return True
+        self._namespaces.state.suspect()
+        return False

@@ -18,12 +18,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
+from torch.overrides import _get_current_function_mode_stack as function_modes
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as dispatch_modes
 
 from kvhybrid._core import holds
 from kvhybrid.model.original import is_ours, replaced
 from kvhybrid.model.watch.changing import Changing
 from kvhybrid.model.watch.classes import plain_function
 from kvhybrid.model.watch.module_scan import ModuleScan
+from kvhybrid.model.watch.objects import objects
 from kvhybrid.model.watch.optimizer_steps import unwatch_optimizers, watch_optimizers
 from kvhybrid.model.watch.weight_watch import WeightWatch
 
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 # How configurations call the share of attention weights that are dropped in training.
 ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Forward passes that are watched to learn which attributes the model writes itself.
-LEARNING_PASSES: Final = 3
+LEARNING_PASSES: Final = 4
 
 # One count for the process: weights that were not recognised never get a number that others had.
 _epochs: Final = itertools.count(1)
@@ -214,16 +218,23 @@ class ModelState:
     def learning(self) -> Iterator[None]:
         """Learn from the forward pass inside which plain attributes the model writes itself.
 
-        They describe the last pass, so they are left out of what names the model. A few passes are enough.
+        They describe the last pass, so they are left out of what names the model. A few passes are enough,
+        and again a few after ``suspect``.
         """
         if self._passes >= LEARNING_PASSES:
             yield
             return
+        if not self._passes:
+            self._changing.start()
         self._passes += 1
         before = self._scan_with()
         yield
         with self._lock:
             self._changing.learn(before, self._scan_with())
+
+    def suspect(self) -> None:
+        """Learn from the next passes again: while a text was computed, the model has become another."""
+        self._passes = 0
 
     def weights_changed(self) -> None:
         """Take the weights for others from now on. Takes no lock."""
@@ -323,4 +334,11 @@ def _precision() -> str:
     """Name the autocast in force and the precision of products: under others K and V are others."""
     kinds = (kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
     cast = [f"autocast {kind} {torch.get_autocast_dtype(kind)}" for kind in kinds]
-    return ",".join((torch.get_float32_matmul_precision(), *cast))
+    return ",".join((torch.get_float32_matmul_precision(), *cast, *_modes()))
+
+
+def _modes() -> Iterator[str]:
+    """Name what this thread has put around torch's functions, but for default devices."""
+    for mode in (*function_modes(), *dispatch_modes()):
+        if not isinstance(mode, DeviceContext):
+            yield f"{type(mode).__qualname__} {_process} {objects.number(mode, {}).value}"

@@ -3,11 +3,11 @@
 //! Asked when a pass over the whole model has left nothing of it in the processor's caches: what counts is how little of
 //! it is looked at.
 
-use pyo3::exceptions::{PyKeyError, PyValueError};
+use pyo3::exceptions::{PyAttributeError, PyKeyError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::sync::critical_section::with_critical_section;
-use pyo3::types::{PyBytes, PyDict, PyEllipsis, PyList, PySet};
+use pyo3::types::{PyBytes, PyDict, PyEllipsis, PyList, PyMappingProxy, PySet, PyString};
 use xxhash_rust::xxh3::xxh3_64;
 
 use crate::buffers::with_int64;
@@ -16,7 +16,8 @@ use crate::memory::{MOST_AT_ONCE, Piece, read};
 /// Whether objects still are of their types, and dictionaries and lists still hold what they held, all by identity.
 ///
 /// The first containers are the owners' own attributes. `contents` holds, one container after the other, the keys and
-/// values of dictionaries and the items of lists; an ellipsis stands for any value.
+/// values of dictionaries and the items of lists; an ellipsis stands for any value. Of a class's attributes, which have
+/// nothing there, only the number counts.
 #[pyfunction]
 pub fn holds(
     owners: &Bound<'_, PyList>,
@@ -58,6 +59,8 @@ pub fn holds(
                 dict.len() as i64 == *count && has_same_items(dict, |found| is_known(&mut known, found))
             } else if let Ok(set) = container.cast::<PySet>() {
                 set.len() as i64 == *count && (0..*count).all(|_| contains(set, known.next()))
+            } else if let Ok(attributes) = container.cast::<PyMappingProxy>() {
+                attributes.len()? as i64 == *count
             } else {
                 let list = container.cast::<PyList>()?;
                 list.len() as i64 == *count && {
@@ -76,14 +79,33 @@ pub fn holds(
     }
     let mut entries = entries.iter();
     while let (Some(mapping), Some(key), Some(value)) = (entries.next(), entries.next(), entries.next()) {
-        match mapping.get_item(key) {
-            Ok(found) if found.is(&value) => {}
-            Ok(_) => return Ok(false),
-            Err(error) if error.is_instance_of::<PyKeyError>(py) => return Ok(false),
-            Err(error) => return Err(error),
+        if !found_at(&mapping, &key)?.is_some_and(|found| found.is(&value)) {
+            return Ok(false);
         }
     }
     Ok(true)
+}
+
+/// What a dictionary, or the attributes of a class, have under a key; of any other object, its attribute of that name.
+fn found_at<'py>(place: &Bound<'py, PyAny>, key: &Bound<'py, PyAny>) -> PyResult<Option<Bound<'py, PyAny>>> {
+    if let Ok(dict) = place.cast_exact::<PyDict>() {
+        return dict.get_item(key);
+    }
+    let is_mapping = place.is_instance_of::<PyMappingProxy>() || place.is_instance_of::<PyDict>();
+    let found = if is_mapping { place.get_item(key) } else { place.getattr(key.cast::<PyString>()?) };
+    let py = place.py();
+    match found {
+        Ok(found) => Ok(Some(found)),
+        // A variable of a function that holds nothing any more raises ValueError.
+        Err(error)
+            if error.is_instance_of::<PyKeyError>(py)
+                || error.is_instance_of::<PyAttributeError>(py)
+                || error.is_instance_of::<PyValueError>(py) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// The items of a list one after the other, without a reference to any: that would touch the memory of each.

@@ -1,14 +1,20 @@
-"""The functions that a class runs: its own methods, and what these find in their files."""
+"""What a class runs: its own methods, what these find in their files, and plain attributes."""
 
 from __future__ import annotations
 
 import types
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
+
+from kvhybrid.model.watch.functions import is_of_a_library
+from kvhybrid.model.watch.objects import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kvhybrid.model.watch.functions import Functions
 
 __all__ = ["Classes", "plain_function"]
 
@@ -24,52 +30,60 @@ _GENERAL: Final = (
 _CALLS: Final = frozenset({"__call__", "_call_impl", "_wrapped_call_impl", "__getattr__"})
 
 
-class Classes:
-    """Describes classes. ``entries``: namespace, name and what was found there, for every function."""
+# Attributes of a class that its methods may read as numbers.
+_VALUES: Final = (*PLAIN, torch.Tensor, torch.nn.Module, np.ndarray, list, dict, set, tuple)
+_DESCRIPTORS: Final = (property, types.GetSetDescriptorType, types.MemberDescriptorType)
 
-    def __init__(self, number_of: Callable[[object], object]) -> None:
-        """``number_of`` names an object that has no value."""
+
+class Classes:
+    """Describes classes. ``entries``: attributes of a class, name and what was found there, three a function.
+
+    ``attributes``: those of every class that was described.
+    """
+
+    def __init__(self, functions: Functions, describe: Callable[[object], object]) -> None:
+        """``describe`` describes any value."""
         self.entries: list[Any] = []
-        self._number_of = number_of
+        self.attributes: list[types.MappingProxyType[str, Any]] = []
+        self._functions = functions
+        self._describe = describe
         self._known: dict[type, object] = {}
-        self._entered: set[tuple[int, str]] = set()
 
     def describe(self, kind: type) -> object:
-        """Describe a class by the functions that it runs: its own, and those found in their files."""
+        """Describe a class by what it runs and has: its own, and what is found in the files."""
         return tuple(
-            self._functions(each)
+            self._own(each)
             for each in kind.__mro__
             if each is not object and not each.__module__.startswith(_GENERAL)
         )
 
-    def _functions(self, kind: type) -> object:
+    def _own(self, kind: type) -> object:
         if kind in self._known:
             return self._known[kind]
-        methods: list[tuple[str, object]] = []
-        for name, value in list(vars(kind).items()):
+        found: list[object] = []
+        attributes = vars(kind)
+        self.attributes.append(attributes)
+        is_of_torch = kind.__module__.split(".", 1)[0] == "torch"
+        for name, value in list(attributes.items()):
             function = plain_function(value)
-            is_run = kind is not torch.nn.Module or name in _CALLS
-            if is_run and isinstance(function, types.FunctionType):
-                self.entries += (vars(kind), name, value)
-                methods.append((name, self._number_of(function)))
-                if kind.__module__.split(".", 1)[0] != "torch":
-                    self._add_globals(function, methods)
-        self._known[kind] = found = self._number_of(kind), tuple(methods)
-        return found
+            if isinstance(function, types.FunctionType):
+                if kind is torch.nn.Module and name not in _CALLS:
+                    continue
+                self.entries += (attributes, name, value)
+                found.append((name, self._functions.number_of(function)))
+                self._functions.add_globals(function, found)
+            elif not is_of_torch and _may_be_read(kind, name, value):
+                self.entries += (attributes, name, value)
+                found.append((name, self._describe(value)))
+        self._known[kind] = described = self._functions.number_of(kind), tuple(found)
+        return described
 
-    def _add_globals(self, function: types.FunctionType, methods: list[tuple[str, object]]) -> None:
-        """Add the functions and classes that a function finds in its file, and those that they find."""
-        inner = _inner(function)
-        known = inner.__globals__
-        for name in inner.__code__.co_names:
-            value = known.get(name)
-            if not isinstance(value, types.FunctionType | type) or (id(known), name) in self._entered:
-                continue
-            self._entered.add((id(known), name))
-            self.entries += (known, name, value)
-            methods.append((name, self._number_of(value)))
-            if isinstance(value, types.FunctionType) and value.__globals__ is known:
-                self._add_globals(value, methods)
+
+def _may_be_read(kind: type, name: str, value: object) -> bool:
+    """Return whether methods of a class may read this attribute of it as a number, or call it."""
+    if name.startswith("__") or isinstance(value, _DESCRIPTORS):
+        return False
+    return isinstance(value, _VALUES) or not is_of_a_library(kind)
 
 
 def plain_function(value: object) -> object:
@@ -77,10 +91,3 @@ def plain_function(value: object) -> object:
     if isinstance(value, staticmethod | classmethod):
         return value.__func__
     return value.fget if isinstance(value, property) else value
-
-
-def _inner(function: types.FunctionType) -> types.FunctionType:
-    """Return the function inside decorators that say what they wrap."""
-    while isinstance(inside := getattr(function, "__wrapped__", None), types.FunctionType):
-        function = inside
-    return function

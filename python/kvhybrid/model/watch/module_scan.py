@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import types
 from array import array
+from collections import deque
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+import numpy as np
 import torch
 from torch.nn.modules import module as torch_module
 
+from kvhybrid.model.watch.changing import WHOLE
 from kvhybrid.model.watch.classes import Classes
-from kvhybrid.model.watch.objects import objects
+from kvhybrid.model.watch.functions import Functions
+from kvhybrid.model.watch.objects import PLAIN, UNSET, objects
+from kvhybrid.model.watch.slots import slots_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from kvhybrid.model.watch.changing import Changing
     from kvhybrid.model.watch.objects import Number
@@ -69,12 +75,12 @@ _COLLECTING: Final = "transformers.utils.output_capturing"
 _MOST_DEPTH: Final = 5
 _MOST_ITEMS: Final = 4096
 _ANY: Final = ...
-_PLAIN: Final = (
-    bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format
-)  # fmt: skip
+# Libraries whose objects are not looked into: what they keep inside says nothing of a forward pass.
+_CLOSED: Final = (sys.stdlib_module_names - {"__main__", "argparse", "collections", "types"}) | {
+    "anyio", "kvhybrid", "numpy", "tokenizers", "torch", "trio"
+}  # fmt: skip
 
-
-Container: TypeAlias = "dict[Any, Any] | list[Any] | set[Any]"
+Container: TypeAlias = "dict[Any, Any] | list[Any] | set[Any] | types.MappingProxyType[str, Any]"
 
 
 class ModuleScan:
@@ -112,21 +118,32 @@ class ModuleScan:
         self._registers: set[int] = set()
         self._seen_tensors: dict[int, int] = {}
         self._seen_containers: dict[int, int] = {}
-        self._classes = Classes(self._number)
+        self._functions = Functions(self._number, self._describe, changing)
+        self._classes = Classes(self._functions, self._attribute)
+        self._slots: list[Any] = []
+        self._named: set[int] = set()
         self._depth = self._left = 0
         self._add_module(root)
         self._others: list[tuple[Container, dict[Any, Any]]] = []
         described = [self._module(module) for module in self.modules]  # which grow on the way
         self.facts = (*described, self._global_hooks())
+        self.entries: list[Any] = [*self._functions.entries, *self._classes.entries, *self._slots]
         # After the modules' own attributes, which come first and one for each module.
         self.containers += [container for container, _ in self._others]
         self.items += [items for _, items in self._others]
+        self.containers += self._classes.attributes
+        self.items += [{} for _ in self._classes.attributes]
         self.counts = array("q", map(len, self.containers))
         self.contents = list(itertools.chain.from_iterable(map(_flat, self.containers, self.items)))
 
     def holds_arguments(self) -> tuple[Any, ...]:
         """Return what ``kvhybrid._core.holds`` is asked with."""
-        return self.modules, self.types, self.containers, self.counts, self.contents, self._classes.entries
+        return self.modules, self.types, self.containers, self.counts, self.contents, self.entries
+
+    def found(self) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield what was looked up outside of containers: place, name and value."""
+        each = iter(self.entries)
+        return zip(each, each, each, strict=True)
 
     def _add_module(self, module: torch.nn.Module) -> int:
         index = self._index.get(id(module))
@@ -143,6 +160,7 @@ class ModuleScan:
         found: list[tuple[str, object]] = []
         self.containers.append(own)
         self.items.append(items)
+        self._named.add(id(own))
         for key, value in list(own.items()):
             if key in _IGNORED or (own, key) in self._changing:
                 items[key] = _ANY
@@ -158,6 +176,7 @@ class ModuleScan:
         if is_root:
             found += [(key, self._attribute(value)) for key, value in self._own.items() if key == "forward"]
         found.sort(key=lambda pair: pair[0])
+        self._depth, self._left = 0, _MOST_ITEMS
         return self._classes.describe(type(module)), tuple(found), self._registered(module)
 
     def _registered(self, module: torch.nn.Module) -> object:
@@ -181,6 +200,10 @@ class ModuleScan:
             elif values:
                 facts.append(self._hooks(values, vars(module).get(f"{name}_with_kwargs")))
         return tuple(facts)
+
+    def has_names(self, container: object) -> bool:
+        """Return whether a container is the attributes of an object."""
+        return id(container) in self._named
 
     def registers(self, container: object) -> bool:
         """Return whether a container is where a module keeps its modules, tensors or hooks."""
@@ -210,7 +233,7 @@ class ModuleScan:
         return self._describe(value)
 
     def _describe(self, value: object) -> object:
-        if value is None or isinstance(value, _PLAIN):
+        if isinstance(value, PLAIN):
             return type(value).__name__, repr(value)
         if isinstance(value, Enum):
             return self._number(type(value)), value.name
@@ -220,13 +243,15 @@ class ModuleScan:
             return "module", self._add_module(value)
         if isinstance(value, types.MethodType):
             return "method", self._describe(value.__func__), self._describe(value.__self__)
-        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
+        if isinstance(value, types.BuiltinFunctionType | type):
             return "function", self._number(value)
         self._left -= 1
         if self._depth >= _MOST_DEPTH or self._left < 0:
             return "object", self._number(value)
         self._depth += 1
         try:
+            if isinstance(value, types.FunctionType):
+                return self._functions.describe(value)
             return self._describe_inside(value)
         finally:
             self._depth -= 1
@@ -239,7 +264,7 @@ class ModuleScan:
             return type(value).__name__, tuple(self._describe(item) for item in value)
         if isinstance(value, set | frozenset):
             items = list(value)
-            if not all(isinstance(item, _PLAIN) for item in items):
+            if not all(isinstance(item, PLAIN) for item in items):
                 return "object", self._number(value)
             described = tuple(sorted(map(repr, items)))
             if isinstance(value, frozenset):
@@ -252,12 +277,32 @@ class ModuleScan:
             )
         if isinstance(value, dict):
             return type(value).__name__, self._dictionary(value)
-        inside = getattr(value, "__dict__", None)
-        if not isinstance(inside, dict) or type(value).__module__.split(".", 1)[0] in ("torch", "threading"):
+        if isinstance(value, np.ndarray):
+            tensor = _as_tensor(value)
+            return "array", self._number(value) if tensor is None else self._tensor(tensor)
+        if isinstance(value, deque | bytearray | array):
+            self.is_exact = False  # no one can see from outside that their items change
+            return type(value).__name__, tuple(self._describe(item) for item in value)
+        return self._object(value)
+
+    def _object(self, value: object) -> object:
+        kind = type(value)
+        if kind.__module__.split(".", 1)[0] in _CLOSED:
             return "object", self._number(value)
-        is_settings = hasattr(type(value), "to_dict") or hasattr(type(value), "__dataclass_fields__")
-        identity = None if is_settings else self._number(value)
-        return "object", self._number(type(value)), identity, self._dictionary(inside)
+        inside: object = getattr(value, "__dict__", None)
+        slots = list(slots_of(value))
+        if not isinstance(inside, dict) and not slots:
+            return "object", self._number(value)
+        is_settings = hasattr(kind, "to_dict") or hasattr(kind, "__dataclass_fields__")
+        facts: list[object] = [self._number(kind), None if is_settings else self._number(value)]
+        for name, item in slots:
+            if (value, name) not in self._changing:
+                self._slots += (value, name, item)
+                facts.append((name, None if item is UNSET else self._describe(item)))
+        if isinstance(inside, dict):
+            self._named.add(id(inside))
+            facts.append(self._dictionary(inside))
+        return "object", tuple(facts)
 
     def _dictionary(self, held: dict[Any, Any]) -> object:
         pairs = list(held.items())
@@ -267,7 +312,7 @@ class ModuleScan:
 
         def describe() -> object:
             return tuple(
-                (repr(key) if isinstance(key, _PLAIN) else self._describe(key), self._describe(items[key]))
+                (repr(key) if isinstance(key, PLAIN) else self._describe(key), self._describe(items[key]))
                 for key, _ in pairs
                 if items[key] is not _ANY
             )
@@ -276,6 +321,8 @@ class ModuleScan:
 
     def _within(self, container: Container, items: dict[Any, Any], describe: Callable[[], object]) -> object:
         """Describe a container once; one that is met again is named by its place."""
+        if (container, WHOLE) in self._changing:
+            return "changing"
         if id(container) in self._seen_containers:
             return "again", self._seen_containers[id(container)]
         self._seen_containers[id(container)] = len(self._seen_containers)
@@ -306,6 +353,16 @@ def _is_own_forward(module: torch.nn.Module, value: object) -> bool:
         and function is type(module).forward
         and getattr(value, "__self__", None) is module
     )
+
+
+def _as_tensor(value: np.ndarray[Any, Any]) -> torch.Tensor | None:
+    """Return an array's numbers as a tensor over the same memory; None for what is no tensor's."""
+    if not value.flags.writeable:
+        return None
+    try:
+        return torch.from_numpy(value)
+    except (TypeError, ValueError):
+        return None
 
 
 def _flat(container: Container, items: dict[Any, Any]) -> Iterable[Any]:

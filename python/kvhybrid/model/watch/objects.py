@@ -1,4 +1,4 @@
-"""Numbers for objects of this process that have no value to be told apart by."""
+"""What has a value to be told apart by, and numbers for objects of this process that have none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import itertools
 import weakref
 from typing import Final, NamedTuple
 
-__all__ = ["Number", "Objects", "objects"]
+import torch
+
+__all__ = ["PLAIN", "UNSET", "Number", "Objects", "objects"]
+
+PLAIN: Final = (
+    bool, int, float, complex, str, bytes, type(None),
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Kinds of objects that are described by their value."""
+UNSET: Final = object()
+"""Stands for a variable that nothing was put into yet: what is found there later is always something else."""
 
 
 class Number(NamedTuple):
