@@ -8,6 +8,7 @@ import pytest
 from families import make_model, prompt
 
 from kvhybrid import CapacityError, ConfigError
+from kvhybrid.engine.text import Detokenizer
 
 
 async def gather(engine, requests):
@@ -147,25 +148,25 @@ async def test_no_more_run_at_once_than_workers(make_engine, llama, monkeypatch)
                 engine.num_workers = wrong
 
 
-async def test_the_loop_turns_while_a_step_runs(make_engine, llama, gate, tokenizer, monkeypatch):
+async def test_the_loop_turns_while_a_step_runs(make_engine, llama, gate, monkeypatch):
     """The forward pass and the tokenizer wait for the loop to turn: were it blocked, they would fail."""
     here = threading.get_ident()
     async with make_engine() as engine:
         held = gate(llama)
         turned, threads = threading.Event(), set()
-        encode, decode = engine._door.encode, tokenizer.decode
+        encode, push = engine._door.encode, Detokenizer.push
 
         def held_encode(text, **options):
             threads.add(threading.get_ident())
             assert turned.wait(30)
             return encode(text, **options)
 
-        def watched_decode(*args, **kwargs):
+        def watched_push(*args, **kwargs):
             threads.add(threading.get_ident())
-            return decode(*args, **kwargs)
+            return push(*args, **kwargs)
 
         monkeypatch.setattr(engine._door, "encode", held_encode)
-        monkeypatch.setattr(tokenizer, "decode", watched_decode)
+        monkeypatch.setattr(Detokenizer, "push", watched_push)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(engine.process_request, {"text": "hello", "max_length": 3})
             for _ in range(100):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from kvhybrid.engine.own_tokenizer import OwnTokenizer
 from kvhybrid.engine.text import Detokenizer, Piece
 
 
@@ -36,7 +37,7 @@ texts = st.text(
 @given(text=texts)
 def test_pieces_joined_are_the_text(bytewise, text):
     ids = bytewise(text)["input_ids"]
-    pieces = push_all(Detokenizer(bytewise), ids)
+    pieces = push_all(Detokenizer(OwnTokenizer(bytewise)), ids)
     assert "".join(pieces) == text
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
@@ -47,7 +48,7 @@ def test_pieces_joined_are_the_text(bytewise, text):
 )
 def test_the_first_stop_string_ends_the_text(bytewise, text, stops):
     ids = bytewise(text)["input_ids"]
-    detokenizer = Detokenizer(bytewise, stops)
+    detokenizer = Detokenizer(OwnTokenizer(bytewise), stops)
     shown = "".join(push_all(detokenizer, ids))
     # Found as soon as one is complete: the one that ends first.
     ends = [(text.index(stop) + len(stop), text.index(stop)) for stop in stops if stop in text]
@@ -62,14 +63,14 @@ def test_the_first_stop_string_ends_the_text(bytewise, text, stops):
 
 
 def test_what_may_begin_a_stop_string_is_held_back(bytewise):
-    detokenizer = Detokenizer(bytewise, ["END"])
+    detokenizer = Detokenizer(OwnTokenizer(bytewise), ["END"])
     ids = bytewise("the ENxEND")["input_ids"]
     assert push_all(detokenizer, ids) == ["t", "h", "e", " ", "", "", "ENx", "", "", ""]
 
 
 def test_bytes_that_are_no_character_are_shown_in_time(bytewise):
     never = bytewise("€")["input_ids"][1]
-    pieces = push_all(Detokenizer(bytewise), [never] * 40)
+    pieces = push_all(Detokenizer(OwnTokenizer(bytewise)), [never] * 40)
     assert "".join(pieces) == "\ufffd" * 40
     assert pieces[15] == "\ufffd" * 16
 

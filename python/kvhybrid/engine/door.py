@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from kvhybrid._core import TokenBuffer
-from kvhybrid.engine.messages import without_none
+from kvhybrid.engine.own_tokenizer import OwnTokenizer, Tokenizers
 from kvhybrid.errors import CapacityError, InvalidRequestError
 from kvhybrid.model.padding import check_ids, vocab_size
 
@@ -51,23 +51,42 @@ class Door:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, capacity: int
     ) -> None:
-        self.tokenizer = tokenizer
+        self._model = model
+        self._tokenizers = None if tokenizer is None else Tokenizers(tokenizer)
+        self._end_ids: frozenset[int] | None = None
         self.capacity = capacity
-        self.vocab_size = vocab_size(model)
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 0)
-        self.end_ids = _end_ids(model, tokenizer)
+
+    @property
+    def tokenizer(self) -> OwnTokenizer | None:
+        """Our copy of the tokenizer, as it was when a prompt was last read."""
+        return None if self._tokenizers is None else self._tokenizers.last
 
     @property
     def has_template(self) -> bool:
         """Whether messages can be rendered."""
-        return self.tokenizer is not None and bool(self.tokenizer.chat_template)
+        return self._tokenizers is not None and self._tokenizers.has_template
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids the model has embeddings for now."""
+        return vocab_size(self._model)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer now; setting it ends answers there whatever the model says."""
+        return _end_ids(self._model, self.tokenizer) if self._end_ids is None else self._end_ids
+
+    @end_ids.setter
+    def end_ids(self, ids: frozenset[int]) -> None:
+        self._end_ids = ids
 
     def end_text(self, token: int) -> str:
         """Return how the template spells a token that ends answers; empty for any other token."""
         if token not in self.end_ids or self.tokenizer is None:
             return ""
-        return str(self.tokenizer.decode([token]))
+        return self.tokenizer.decode([token], skip_special_tokens=False)
 
     def prepare(self, request: Request) -> Prompt:
         """Return the request's prompt.
@@ -75,7 +94,7 @@ class Door:
         Raises ``InvalidRequestError`` for an empty prompt, unknown tokens or what needs a tokenizer that
         is not there; ``CapacityError`` when prompt and answer do not fit into the budget.
         """
-        if request.stop and self.tokenizer is None:
+        if request.stop and self._tokenizers is None:
             raise InvalidRequestError(f"stop={request.stop!r}: needs a tokenizer, the engine has none")
         if request.token_ids is not None:
             tokens = self.read(request.token_ids)
@@ -103,9 +122,9 @@ class Door:
 
     def encode(self, text: str, *, special: bool) -> npt.NDArray[np.uint32]:
         """Return the text's tokens; ``special``: with what the tokenizer puts around a text."""
-        if self.tokenizer is None:
+        if self._tokenizers is None:
             raise InvalidRequestError("text needs a tokenizer, the engine has none: pass token_ids")
-        ids = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        ids = self._tokenizers.look().encode(text, special=special)
         return self.read(ids) if ids else np.empty(0, np.uint32)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:
@@ -113,15 +132,9 @@ class Door:
 
         Raises ``InvalidRequestError`` without a template, or with the template's own objection.
         """
-        if self.tokenizer is None or not self.has_template:
+        if self._tokenizers is None:
             raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [without_none(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # a template is a program of the model's author: anything may come
-            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
-        return str(text)
+        return self._tokenizers.look().render(messages)
 
     def read(self, token_ids: Any) -> npt.NDArray[np.uint32]:
         """Return ``token_ids`` as an array.
@@ -145,11 +158,13 @@ class Door:
         return ids.astype(np.uint32)
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+def _end_ids(model: PreTrainedModel, tokenizer: OwnTokenizer | None) -> frozenset[int]:
     """The tokens that end an answer: those that end ``model.generate``, else the tokenizer's."""
     config = getattr(model, "generation_config", None) or model.config
-    for source in (config, tokenizer):
-        found = getattr(source, "eos_token_id", None)
+    for source in (config, tokenizer and tokenizer.tokenizer):
+        found: Any = getattr(source, "eos_token_id", None)
+        with contextlib.suppress(AttributeError):
+            found = found.tolist()  # a tensor
         if found is not None:
             return frozenset(found if isinstance(found, list | tuple) else [found])
     return frozenset()

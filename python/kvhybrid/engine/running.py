@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     import numpy.typing as npt
-    from transformers import PreTrainedTokenizerBase
 
     from kvhybrid._core import PagePool, Sequence
     from kvhybrid.engine.door import Prompt
+    from kvhybrid.engine.own_tokenizer import OwnTokenizer
     from kvhybrid.engine.request import Request
     from kvhybrid.model.tenancy import Tenancy
     from kvhybrid.model.weights import StateName
@@ -55,7 +55,7 @@ class Running:
         *,
         tenancy: Tenancy,
         end_ids: frozenset[int],
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: OwnTokenizer | None,
         expires: float = math.inf,
         grid: int = 0,
     ) -> None:
@@ -82,7 +82,7 @@ class Running:
         self.namespace = tenancy.latest()
         """Where its pages are found: that of the model as it was last seen, until ``look`` is called."""
         self._is_checked = True  # nothing was computed since the pages were last verified
-        self._end_ids = end_ids
+        self.end_ids = end_ids
 
     def open(self, pool: PagePool, *, align: int = 1) -> Sequence:
         """Pin the longest cached prefix, or what the conversation holds; everything after it is pending.
@@ -196,7 +196,7 @@ class Running:
         self.generated.append(token)
         self.tokens.append(np.array([token], np.uint32))
         self.next = token
-        ended = token in self._end_ids
+        ended = token in self.end_ids
         full = len(self.generated) >= self.prompt.max_length
         text = self.text.push(token, last=ended or full)
         if ended or self.text.stopped:

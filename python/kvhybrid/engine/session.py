@@ -126,7 +126,7 @@ class Session(RetainedConversation):
         last = running.generated[-1]
         kept = running.text.num_kept_tokens()
         self._end_text = "" if running.text.stopped else self._intake.door.end_text(last)
-        if request.messages is None and last in self._intake.door.end_ids:
+        if request.messages is None and last in running.end_ids:
             kept = min(kept, len(running.generated) - 1)  # raw text goes on, so it did not end
         running.tokens.truncate(running.num_prompt_tokens + kept)
         self._tokens = running.tokens

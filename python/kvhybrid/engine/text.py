@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import PreTrainedTokenizerBase
+    from kvhybrid.engine.own_tokenizer import OwnTokenizer
 
 __all__ = ["Detokenizer", "Piece"]
 
@@ -42,7 +42,7 @@ class Detokenizer:
         stop "END"    tokens  "the" " E" "N" "T"      pieces  "the" " " "" "ENT"
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: OwnTokenizer | None, stops: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stops)
         self._ids: list[int] = []
@@ -103,8 +103,4 @@ class Detokenizer:
 
     def _text(self, start: int, stop: int) -> str:
         assert self._tokenizer is not None
-        text = self._tokenizer.decode(
-            self._ids[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert isinstance(text, str)
-        return text
+        return self._tokenizer.decode(self._ids[start:stop])

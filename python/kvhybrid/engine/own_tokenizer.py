@@ -1,0 +1,203 @@
+"""The engine's own copy of the caller's tokenizer, and when another copy is due.
+
+A tokenizer has state that its owner sets: calling it with truncation or padding leaves both behind for
+whoever encodes next, and doing so while another thread encodes is an error. The caller's is read, and
+never called or changed. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager, nullcontext
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final
+
+from tokenizers import Tokenizer
+
+from kvhybrid.engine.messages import without_none
+from kvhybrid.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
+
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["OwnTokenizer", "Tokenizers"]
+
+# What a call sets on a tokenizer, or only speaks of cutting and padding, which are off in ours.
+NOT_OURS: Final = frozenset({"padding_side", "truncation_side", "model_max_length", "verbose"})
+# Of more than so many, reading them all takes milliseconds a request.
+MOST_COMPARED: Final = 512
+
+
+class Tokenizers:
+    """The caller's tokenizer, and our copy of what it was when somebody last looked."""
+
+    def __init__(self, given: PreTrainedTokenizerBase) -> None:
+        self._given = given
+        self._lock = Lock()
+        self._with_added = len(given.added_tokens_decoder) <= MOST_COMPARED
+        self._state = _state(given, with_added=self._with_added)
+        self.last = OwnTokenizer(given)
+        """The copy of the last look."""
+
+    def look(self) -> OwnTokenizer:
+        """Return the copy, made anew if the caller has changed what texts become since the last look.
+
+        Noticed: tokens added, special tokens and the chat template set, plain attributes (``add_bos_token``,
+        ``split_special_tokens`` ...), another post-processor. Not noticed: an ordinary token declared
+        special in a tokenizer with more than 512 added ones, and a normalizer, pre-tokenizer, model or
+        decoder put in the place of another: these need another engine.
+        """
+        with self._lock:
+            if (state := _state(self._given, with_added=self._with_added)) != self._state:
+                self._state, self.last = state, OwnTokenizer(self._given)
+            return self.last
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the caller's tokenizer renders chats now."""
+        return bool(self._given.chat_template)
+
+
+class OwnTokenizer:
+    """A copy that nobody else has, with truncation and padding off; any number of threads may use it.
+
+    Tokenizers in Python are used by one thread at a time. One that cannot be copied is used by one thread
+    of ours at a time, and has truncation and padding off for the length of a call.
+    """
+
+    def __init__(self, given: PreTrainedTokenizerBase) -> None:
+        own = _copied(given)
+        self.tokenizer: PreTrainedTokenizerBase = given if own is None else own
+        self.is_copy = own is not None
+        backend = _backend(self.tokenizer)
+        if backend is not None and self.is_copy:
+            backend.no_truncation()
+            backend.no_padding()
+            self._turn: AbstractContextManager[Any] = nullcontext()
+        else:
+            self._turn = Lock()
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Return the text's tokens, all of them; ``special``: with what is put around a text.
+
+        Raises ``InvalidRequestError`` with the tokenizer's own objection.
+        """
+        try:
+            with self._turn, self._uncut():
+                ids = self.tokenizer(
+                    text, add_special_tokens=special, truncation=False, padding=False, verbose=False
+                )["input_ids"]
+        except Exception as error:  # a tokenizer may be anybody's program: anything may come
+            raise InvalidRequestError(
+                f"the tokenizer cannot read this text: {type(error).__name__}: {error}"
+            ) from error
+        return list(ids)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the chat as text, ready for an answer.
+
+        Raises ``InvalidRequestError`` without a template, or with the template's own objection.
+        """
+        if not self.tokenizer.chat_template:
+            raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
+        try:
+            with self._turn:
+                text = self.tokenizer.apply_chat_template(
+                    [without_none(message) for message in messages],
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+        except Exception as error:  # a template is a program of the model's author: anything may come
+            raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
+        return str(text)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Return what the tokenizer makes of ``ids``."""
+        with self._turn:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @contextmanager
+    def _uncut(self) -> Iterator[None]:
+        """Put back what the caller had set, where the tokenizer is the caller's own."""
+        backend = None if self.is_copy else _backend(self.tokenizer)
+        if backend is None:
+            yield
+            return
+        truncation, padding = backend.truncation, backend.padding
+        try:
+            yield
+        finally:
+            if truncation is not None:
+                backend.enable_truncation(**truncation)
+            if padding is not None:
+                backend.enable_padding(**padding)
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return the native part of a fast tokenizer; None where there is none."""
+    found = getattr(tokenizer, "_tokenizer", None)
+    return found if isinstance(found, Tokenizer) else None
+
+
+def _copied(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
+    """Return a copy that shares nothing that a call changes; None when there is none to be had."""
+    backend = _backend(given)
+    try:
+        own = copy.deepcopy(given)
+    except Exception:  # noqa: BLE001  # whatever stands in the way of a copy, the next way is tried
+        own = given
+    if own is not given and (backend is None or _backend(own) is not backend):
+        return own
+    if backend is None or (rebuilt := _rebuilt(backend)) is None:
+        return None
+    try:
+        own = copy.copy(given)
+        own._tokenizer = rebuilt  # noqa: SLF001  # no public way to replace it
+    except Exception:  # noqa: BLE001  # as above
+        return None
+    return own if own is not given else None
+
+
+def _rebuilt(backend: Tokenizer) -> Tokenizer | None:
+    """Return a tokenizer of the same parts, for those with parts in Python, which cannot be copied."""
+    own = Tokenizer(backend.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (part := getattr(backend, name)) is not None:
+            setattr(own, name, part)
+    own.encode_special_tokens = backend.encode_special_tokens
+    added = backend.get_added_tokens_decoder()
+    own.add_tokens([added[number] for number in sorted(added)])
+    return own if own.get_added_tokens_decoder() == added else None
+
+
+def _state(given: PreTrainedTokenizerBase, *, with_added: bool) -> tuple[Any, ...]:
+    """Return what decides how texts become tokens, cheaply; equal as long as nothing was changed."""
+    plain = {
+        name: value
+        for name, value in vars(given).items()
+        if name not in NOT_OURS and (value is None or isinstance(value, str | int | float))
+    }
+    template = given.chat_template
+    found: list[Any] = [
+        len(given),
+        repr(given.special_tokens_map),
+        dict(template) if isinstance(template, Mapping) else template,
+        plain,
+    ]
+    if (backend := _backend(given)) is not None:
+        found.append(_written(backend.post_processor))
+    if with_added:
+        found.append(given.added_tokens_decoder)
+    return tuple(found)
+
+
+def _written(part: Any) -> object:
+    """Return a part of a native tokenizer in a form that compares by content."""
+    try:
+        return None if part is None else part.__getstate__()
+    except Exception:  # noqa: BLE001  # a part in Python: which one it is must do
+        return type(part)
