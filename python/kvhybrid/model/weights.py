@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 ATTENTION_RATES: Final = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 # Forward passes that are watched to learn which attributes the model writes itself.
 LEARNING_PASSES: Final = 4
+# Names that are remembered though more counted when they were given.
+MOST_NAMES: Final = 64
 
 # One count for the process: weights that were not recognised never get a number that others had.
 _epochs: Final = itertools.count(1)
@@ -89,7 +91,8 @@ class ModelState:
         self._watch: WeightWatch | None = None
         self._watched: frozenset[int] = frozenset()
         self._held: dict[int, tuple[object, Number]] = {}
-        self._facts = ""
+        self._facts = self._described = ""
+        self._known_as: dict[str, str] = {}  # digests of what is described now, and the names of before
         self._tuners: list[Any] = []
         self._droppers: list[torch.nn.Module] = []
         self._fingerprint: tuple[int, str] | None = None
@@ -178,7 +181,8 @@ class ModelState:
     def _scanned(self) -> ModuleScan:
         scan = self._scan_with()
         self._held = scan.held
-        self._facts = hashlib.blake2b(repr(scan.facts).encode(), digest_size=16).hexdigest()
+        self._described = _digest(scan)
+        self._facts = self._known_as.get(self._described, self._described)
         self._tuners = list(_tuners(scan.modules))
         self._droppers = [module for module in scan.modules if _can_drop(module)] + self._tuners
         return scan
@@ -230,7 +234,15 @@ class ModelState:
         before = self._scan_with()
         yield
         with self._lock:
-            self._changing.learn(before, self._scan_with())
+            if self._changing.learn(before, self._scan_with()):
+                self._keep_name(before)
+
+    def _keep_name(self, before: ModuleScan) -> None:
+        """Call the model what it was called, though less of it counts from now on: it has not changed."""
+        if _digest(before) == self._described:
+            self._known_as[_digest(self._scan_with())] = self._facts
+            while len(self._known_as) > MOST_NAMES:
+                self._known_as.pop(next(iter(self._known_as)))
 
     def suspect(self) -> None:
         """Learn from the next passes again: while a text was computed, the model has become another."""
@@ -289,6 +301,10 @@ class ModelState:
                 self._fingerprint = name.epoch, digest.hexdigest()
             facts = self._scan_with(name=_portable).facts
         return hashlib.sha256(f"{self._fingerprint[1]} {facts!r} {name.precision}".encode()).hexdigest()[:32]
+
+
+def _digest(scan: ModuleScan) -> str:
+    return hashlib.blake2b(repr(scan.facts).encode(), digest_size=16).hexdigest()
 
 
 def places(tensors: Iterable[torch.Tensor]) -> list[object]:

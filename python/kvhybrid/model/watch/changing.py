@@ -42,12 +42,17 @@ class Changing:
             self._held.append(container)
         self._keys[id(container)].add(key)
 
-    def learn(self, before: ModuleScan, after: ModuleScan) -> None:
-        """Note what differs between two scans with one forward pass between them."""
-        for place, key in (*_containers(before, after), *_entries(before, after)):
+    def learn(self, before: ModuleScan, after: ModuleScan) -> bool:
+        """Note what differs between two scans with one forward pass between them.
+
+        Returns whether something was learned and nothing differs beside it.
+        """
+        places = [*_containers(before, after), *_entries(before, after)]
+        for place, key in places:
             self._seen[id(place), key] += 1
             if self._seen[id(place), key] >= _LEAST:
                 self.add(place, key)
+        return bool(places) and all(place in self for place in places)
 
 
 def _containers(before: ModuleScan, after: ModuleScan) -> Iterable[tuple[object, object]]:

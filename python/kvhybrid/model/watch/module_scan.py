@@ -44,6 +44,7 @@ _HELD: Final = ("_modules", *_TENSORS, *HOOKS)
 _IGNORED: Final = frozenset(
     {
         "_backward_hooks",
+        "_output_capturing_hooks_installed",
         "_backward_pre_hooks",
         "_forward_hooks_always_called",
         "_is_full_backward_hook",
@@ -197,8 +198,8 @@ class ModuleScan:
                 )
             elif name in _TENSORS:
                 facts.append(tuple((k, None if t is None else self._tensor(t)) for k, t in values.items()))
-            elif values:
-                facts.append(self._hooks(values, vars(module).get(f"{name}_with_kwargs")))
+            elif values and (hooks := self._hooks(values, vars(module).get(f"{name}_with_kwargs"))):
+                facts.append((name, hooks))
         return tuple(facts)
 
     def has_names(self, container: object) -> bool:
@@ -209,7 +210,7 @@ class ModuleScan:
         """Return whether a container is where a module keeps its modules, tensors or hooks."""
         return id(container) in self._registers
 
-    def _hooks(self, hooks: dict[int, object], with_kwargs: object) -> object:
+    def _hooks(self, hooks: dict[int, object], with_kwargs: object) -> tuple[object, ...]:
         flagged = with_kwargs if isinstance(with_kwargs, dict) else {}
         if isinstance(with_kwargs, dict):
             self._keep(with_kwargs, dict(with_kwargs))
