@@ -68,11 +68,10 @@ def test_what_may_begin_a_stop_string_is_held_back(bytewise):
     assert push_all(detokenizer, ids) == ["t", "h", "e", " ", "", "", "ENx", "", "", ""]
 
 
-def test_bytes_that_are_no_character_are_shown_in_time(bytewise):
+def test_bytes_that_are_no_character_are_shown_at_once(bytewise):
     never = bytewise("€")["input_ids"][1]
     pieces = push_all(Detokenizer(OwnTokenizer(bytewise)), [never] * 40)
-    assert "".join(pieces) == "\ufffd" * 40
-    assert pieces[15] == "\ufffd" * 16
+    assert pieces == ["\ufffd"] * 40
 
 
 def test_without_a_tokenizer_there_is_no_text():

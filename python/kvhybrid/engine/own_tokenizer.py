@@ -8,13 +8,18 @@ never called or changed. Knows no requests.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
 from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
+from kvhybrid.engine.decoding.answers import ByToken, Windows
+from kvhybrid.engine.decoding.steps import Steps
+from kvhybrid.engine.decoding.written import clean_up_steps, steps_of
 from kvhybrid.engine.messages import without_none
 from kvhybrid.errors import InvalidRequestError
 
@@ -24,12 +29,16 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
+    from kvhybrid.engine.decoding.answers import Decoding
+
 __all__ = ["OwnTokenizer", "Tokenizers"]
 
 # What a call sets on a tokenizer, or only speaks of cutting and padding, which are off in ours.
 NOT_OURS: Final = frozenset({"padding_side", "truncation_side", "model_max_length", "verbose"})
 # Of more than so many, reading them all takes milliseconds a request.
 MOST_COMPARED: Final = 512
+# So many tokens of a vocabulary are decoded to see whether a decoder is what its name says.
+SAMPLE: Final = 512
 
 
 class Tokenizers:
@@ -80,6 +89,10 @@ class OwnTokenizer:
             self._turn: AbstractContextManager[Any] = nullcontext()
         else:
             self._turn = Lock()
+        self.special_tokens = _special_tokens(self.tokenizer)
+        """How the tokens are spelled that no text shows, by their ids."""
+        self._cleans_up = _cleans_up(self.tokenizer)
+        self._steps = self._known_steps()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return the text's tokens, all of them; ``special``: with what is put around a text.
@@ -91,7 +104,9 @@ class OwnTokenizer:
                 ids = self.tokenizer(
                     text, add_special_tokens=special, truncation=False, padding=False, verbose=False
                 )["input_ids"]
-        except Exception as error:  # a tokenizer may be anybody's program: anything may come
+        except BaseException as error:  # a tokenizer may be anybody's program: anything may come
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
             raise InvalidRequestError(
                 f"the tokenizer cannot read this text: {type(error).__name__}: {error}"
             ) from error
@@ -120,6 +135,48 @@ class OwnTokenizer:
         with self._turn:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
+    def decoding(self) -> Decoding:
+        """Return what decodes one answer id by id; special tokens must be left out."""
+        backend = _backend(self.tokenizer)
+        if self._steps is not None and backend is not None:
+            return ByToken(backend.id_to_token, self._steps.copy())
+        return Windows(self._text, Steps(clean_up_steps() if self._cleans_up else []))
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Return what the tokenizer makes of ``ids`` before anything is cleaned up that we clean up."""
+        options = {"clean_up_tokenization_spaces": False} if self._cleans_up else {}
+        with self._turn:
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, **options))
+
+    def _known_steps(self) -> Steps | None:
+        """Return the steps of the decoder, if they are known and do what it does."""
+        backend = _backend(self.tokenizer)
+        if backend is None or not _has_usual(self.tokenizer, "decode", "_decode"):
+            return None
+        try:
+            written = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
+            steps = steps_of(written)
+        except Exception:  # noqa: BLE001  # a decoder in Python cannot be written down
+            return None
+        if steps is not None and self._cleans_up:
+            steps = steps.behind(clean_up_steps())
+        return steps if steps is not None and self._agrees(backend, steps) else None
+
+    def _agrees(self, backend: Tokenizer, steps: Steps) -> bool:
+        """Return whether ``steps`` say what the tokenizer says of some tokens of the whole vocabulary."""
+        size = max(len(self.tokenizer), 1)
+        ids = [token * 7919 % size for token in range(0, size, -(-size // SAMPLE))]
+        try:
+            expected = self.decode(ids)
+        except Exception:  # noqa: BLE001  # whoever cannot decode these is asked about fewer at a time
+            return False
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            return True  # the library fails on some tokens that its steps can take
+        own = ByToken(backend.id_to_token, steps.copy())
+        return "".join([own.push(i) for i in ids if i not in self.special_tokens]) + own.end() == expected
+
     @contextmanager
     def _uncut(self) -> Iterator[None]:
         """Put back what the caller had set, where the tokenizer is the caller's own."""
@@ -141,6 +198,39 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """Return the native part of a fast tokenizer; None where there is none."""
     found = getattr(tokenizer, "_tokenizer", None)
     return found if isinstance(found, Tokenizer) else None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Return whether a native library has failed; its own kind of error is not an ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Return what decoding leaves out with ``skip_special_tokens``."""
+    if _backend(tokenizer) is None:
+        return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a decoded text is cleaned up, and in the usual way."""
+    if not tokenizer.clean_up_tokenization_spaces or not _has_usual(tokenizer, "clean_up_tokenization"):
+        return False
+    # Newer versions of transformers do not do it to BPE, unless asked twice.
+    forced = getattr(
+        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True
+    )
+    backend = _backend(tokenizer)
+    return bool(forced) or backend is None or not isinstance(backend.model, BPE)
+
+
+def _has_usual(tokenizer: PreTrainedTokenizerBase, *names: str) -> bool:
+    """Return whether methods are those of transformers' own base classes."""
+    return all(
+        name not in vars(tokenizer)
+        and getattr(type(tokenizer), name).__module__.startswith("transformers.tokenization_")
+        for name in names
+    )
 
 
 def _copied(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:

@@ -120,7 +120,11 @@ class Request(BaseModel):
         ]
         | None
     ) = None
-    """End where one of these would appear; it is not part of the answer."""
+    """End where one of these would appear; it is not part of the answer, as with OpenAI and vLLM.
+
+    Special tokens count, though the answer leaves them out: a stop may be one ("<|im_end|>") or contain
+    one, as ``stop_strings`` of transformers may. The token ends it as a whole; a part of its name does not.
+    """
 
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     """Higher goes first."""

@@ -1,0 +1,1 @@
+"""How tokens become text while they come."""
