@@ -41,6 +41,7 @@ class StopSearch:
         self._specials: list[tuple[int, str]] = []  # behind how many characters, and how it is spelled
         self._num_specials = 0
         self._ends: list[Place] = []  # where each token ends, of those of which it is known
+        self._unknown: list[int] = []  # of those of which it is not: special tokens up to their end
         self._stop: Place | None = None
 
     @property
@@ -48,11 +49,11 @@ class StopSearch:
         """Whether a stop string was found."""
         return self._stop is not None
 
-    def push(self, text: str, special: str | None, *, waiting: str, num_tokens: int) -> str:
+    def push(self, text: str, special: str | None, *, waiting: str) -> str:
         """Take what one more token adds; return the text that may be shown.
 
         ``text``: what is certain now, ``waiting``: what would stand behind it if the answer ended here,
-        ``special``: how the token is spelled, if it is a special one. ``num_tokens``: tokens so far.
+        ``special``: how the token is spelled, if it is a special one.
         """
         self._held += text
         shown = self._held + waiting
@@ -60,15 +61,14 @@ class StopSearch:
         if special is not None:
             self._num_specials += 1
             self._specials.append((end, special))
-        is_certain = NO_TEXT not in waiting
-        if is_certain:
-            place = Place(end, self._num_specials)
-            self._ends += [place] * (num_tokens - len(self._ends))
+        self._unknown.append(self._num_specials)
+        if is_certain := NO_TEXT not in waiting:
+            self._know(end)
         found = [*self._in_text(shown)] if is_certain else []
         if is_certain or special is not None:
             found += self._in_spelled(shown)
         if found:
-            self._ends += [Place(end, self._num_specials)] * (num_tokens - len(self._ends))
+            self._know(end)
             self._stop = min(found)
             return shown[: self._stop.characters - self._given]
         return self._show(len(self._held) - self._doubtful())
@@ -77,12 +77,17 @@ class StopSearch:
         """Return what is held back: nothing more will come."""
         return self._show(len(self._held))
 
-    def num_kept_tokens(self, num_tokens: int) -> int:
+    def num_kept_tokens(self) -> int:
         """Return how many tokens lie wholly before the stop string; all of them without one."""
         stop = self._stop
         if stop is None:
-            return num_tokens
+            return len(self._ends) + len(self._unknown)
         return sum(end.characters <= stop.characters and end.specials <= stop.specials for end in self._ends)
+
+    def _know(self, end: int) -> None:
+        """Note where the tokens end of which it was not known."""
+        self._ends += [Place(end, specials) for specials in self._unknown]
+        self._unknown.clear()
 
     def _show(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]

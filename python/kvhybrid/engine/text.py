@@ -41,7 +41,7 @@ class Detokenizer:
     def __init__(self, tokenizer: OwnTokenizer | None, stops: Sequence[str] = ()) -> None:
         self._decoding = None if tokenizer is None else tokenizer.decoding()
         self._specials = {} if tokenizer is None else tokenizer.special_tokens
-        self._search = StopSearch(stops, self._specials.values()) if stops else None
+        self._search = StopSearch(stops, self._specials.values()) if stops and tokenizer else None
         self._num_tokens = 0
 
     @property
@@ -61,9 +61,9 @@ class Detokenizer:
         if self._search is None:
             return text
         waiting = "" if last else decoding.peek()
-        shown = self._search.push(text, special, waiting=waiting, num_tokens=self._num_tokens)
+        shown = self._search.push(text, special, waiting=waiting)
         return shown + self._search.end() if last and not self._search.stopped else shown
 
     def num_kept_tokens(self) -> int:
         """Return how many tokens lie wholly before the stop string; all of them without one."""
-        return self._num_tokens if self._search is None else self._search.num_kept_tokens(self._num_tokens)
+        return self._num_tokens if self._search is None else self._search.num_kept_tokens()
