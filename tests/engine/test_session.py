@@ -4,7 +4,7 @@ import anyio
 import numpy as np
 import pytest
 
-from kvhybrid import CapacityError, InvalidRequestError, UnsupportedError
+from kvhybrid import CapacityError, InvalidRequestError
 
 
 def held(session):
@@ -142,13 +142,3 @@ async def test_sessions_of_different_tenants_never_mix(make_engine):
         assert engine.session("same", tenant="you").num_turns == 1
         with pytest.raises(InvalidRequestError, match="session_id=''"):
             engine.session("")
-
-
-async def test_a_template_that_rewrites_the_past_is_refused(make_engine, tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{{ messages[-1].content }}")
-    async with make_engine() as engine:
-        session = engine.session()
-        await session.send("a", max_length=2)
-        with pytest.raises(UnsupportedError, match="turns 1 to 1 differently"):
-            await session.send("b", max_length=2)
-        assert session.num_turns == 1

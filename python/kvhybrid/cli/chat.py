@@ -32,7 +32,7 @@ def run_chat(path: Path | None, *, device: str, max_length: int, temperature: fl
 async def _talk(engine: KVEngine, max_length: int, temperature: float) -> None:
     console.print("[dim]an empty line or Ctrl-D ends the conversation[/]")
     async with engine:
-        session = engine.session("chat")
+        session = engine.session("chat", keep_reasoning=True)
         while line := await _read_line():
             stream = session.stream(line, max_length=max_length, temperature=temperature)
             async for piece in stream:

@@ -14,7 +14,7 @@ import numpy as np
 
 from kvhybrid._core import TokenBuffer
 from kvhybrid.engine.own_tokenizer import OwnTokenizer, Tokenizers
-from kvhybrid.errors import CapacityError, InvalidRequestError
+from kvhybrid.errors import CapacityError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.padding import check_ids, vocab_size
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     from kvhybrid.engine.held import Held
     from kvhybrid.engine.request import Request
 
-__all__ = ["Door", "Prompt"]
+__all__ = ["WHOLE_CHATS", "Door", "Prompt"]
 
 DEFAULT_MAX_LENGTH: Final = 256
+WHOLE_CHATS: Final = (
+    "pass the whole chat to process_request each turn, which finds cached what stayed the same"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,8 @@ class Door:
         self._model = model
         self._tokenizers = None if tokenizer is None else Tokenizers(tokenizer)
         self._end_ids: frozenset[int] | None = None
+        with contextlib.suppress(UnsupportedError):  # whoever wants a session is told; tried here, at leisure
+            self.check_appending(keep_reasoning=False)
         self.capacity = capacity
         config = model.config.get_text_config(decoder=True)
         self.context = int(getattr(config, "max_position_embeddings", None) or 0)
@@ -62,6 +67,20 @@ class Door:
     def tokenizer(self) -> OwnTokenizer | None:
         """Our copy of the tokenizer, as it was when a prompt was last read."""
         return None if self._tokenizers is None else self._tokenizers.last
+
+    def check_appending(self, *, keep_reasoning: bool) -> None:
+        """Raise ``UnsupportedError`` if a conversation cannot be rendered by appending to it."""
+        if self._tokenizers is None:
+            return
+        tokenizer = self._tokenizers.look()
+        if (obstacle := tokenizer.obstacle_to_appending) is not None:
+            raise UnsupportedError(f"the chat template cannot be appended to: {obstacle}; {WHOLE_CHATS}")
+        if tokenizer.drops_reasoning and not keep_reasoning:
+            raise UnsupportedError(
+                "the chat template cannot be appended to: it leaves out the reasoning of an answer once "
+                "another turn follows; pass keep_reasoning=True to have it stay in the conversation, or "
+                f"{WHOLE_CHATS}"
+            )
 
     @property
     def has_template(self) -> bool:

@@ -175,12 +175,20 @@ class KVEngine:
         parsed = self._parse(request)
         return intake.stream(parsed, partial(self._door.prepare, parsed))
 
-    def session(self, session_id: str = "default", *, tenant: str = "default") -> Session:
-        """Return the conversation of that id and tenant: the same one until it is dropped."""
+    def session(
+        self, session_id: str = "default", *, tenant: str = "default", keep_reasoning: bool = False
+    ) -> Session:
+        """Return the conversation of that id and tenant: the same one until it is dropped.
+
+        Raises ``UnsupportedError`` when the chat template renders turns differently once others follow, so
+        that nothing can be appended. ``keep_reasoning``: begin it although the template would leave out
+        what the model reasoned in earlier answers; in the conversation it stays.
+        """
         intake = self._serving()
         check_names(session_id=session_id, tenant=tenant)
         key = (tenant, session_id)
         if key not in self._sessions:
+            self._door.check_appending(keep_reasoning=keep_reasoning)
             held = Held(self.cache, self._compression) if self._compression.kept < 1.0 else None
             self._sessions[key] = Session(session_id, tenant, intake, self.cache, held)
         return self._sessions[key]

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +22,7 @@ from kvhybrid.engine.decoding.answers import ByToken, Windows
 from kvhybrid.engine.decoding.steps import Steps
 from kvhybrid.engine.decoding.written import clean_up_steps, steps_of
 from kvhybrid.engine.messages import without_none
+from kvhybrid.engine.template import drops_reasoning, obstacle_to_appending
 from kvhybrid.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -129,6 +131,16 @@ class OwnTokenizer:
         except Exception as error:  # a template is a program of the model's author: anything may come
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
         return str(text)
+
+    @cached_property
+    def obstacle_to_appending(self) -> str | None:
+        """Why nothing can be appended to what the template renders; None when something can."""
+        return obstacle_to_appending(self.render) if self.tokenizer.chat_template else None
+
+    @cached_property
+    def drops_reasoning(self) -> bool:
+        """Whether the template leaves out the reasoning of earlier answers."""
+        return bool(self.tokenizer.chat_template) and drops_reasoning(self.render)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return what the tokenizer makes of ``ids``."""

@@ -10,13 +10,16 @@ is compressed: those would not be found again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from kvhybrid._core import TokenBuffer
+from kvhybrid.engine.door import WHOLE_CHATS
 from kvhybrid.engine.request import Request
 from kvhybrid.engine.retained import RetainedConversation
+from kvhybrid.engine.template import ANSWER, PartedError, added_behind, answered
 from kvhybrid.errors import InvalidRequestError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -31,10 +34,6 @@ if TYPE_CHECKING:
     from kvhybrid.engine.ticket import Ticket
 
 __all__ = ["Session"]
-
-# Stands for each answer when the chat is rendered again. The model's own tokens are kept, however the
-# template would have spelt them (many strip spaces): what was cached stays a prefix.
-ANSWER: Final = "[kvhybrid answer]"
 
 
 class Session(RetainedConversation):
@@ -72,6 +71,11 @@ class Session(RetainedConversation):
         """Copy out the conversation's tokens as native-endian uint32."""
         return self._tokens.tobytes()
 
+    @property
+    def _is_chat(self) -> bool:
+        """Whether a string is a user's message: as its turns began, so they go on."""
+        return bool(self._rendered) if self.num_turns else self._intake.door.has_template
+
     async def send(self, prompt: str | Sequence[Mapping[str, Any]], **parameters: Any) -> dict[str, Any]:
         """Append a turn, and return its answer as ``KVEngine.process_request`` does.
 
@@ -100,7 +104,7 @@ class Session(RetainedConversation):
         own = {"session_id": self.id, "tenant": self.tenant}
         if taken := sorted({*own, "text", "messages", "token_ids"} & parameters.keys()):
             raise InvalidRequestError(f"{taken[0]}={parameters[taken[0]]!r}: a session has its own")
-        if isinstance(prompt, str) and self._intake.door.has_template and prompt:
+        if isinstance(prompt, str) and self._is_chat and prompt:
             fields: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
         elif isinstance(prompt, str):
             fields = {"text": prompt}
@@ -131,7 +135,7 @@ class Session(RetainedConversation):
         running.tokens.truncate(running.num_prompt_tokens + kept)
         self._tokens = running.tokens
         self._rendered = running.prompt.text or ""
-        self._messages += [*(request.messages or ()), {"role": "assistant", "content": ANSWER}]
+        self._messages += [*(request.messages or ()), answered()]
         self.num_turns += 1
         self._end_turn(running.namespace, running.cached_tokens)
 
@@ -144,7 +148,7 @@ class Session(RetainedConversation):
             added = door.encode(request.text, special=self.num_turns == 0)
         else:
             rendered = door.render([*self._messages, *request.messages])
-            added = door.encode(self._what_is_new(rendered), special=False)
+            added = door.encode(self._what_is_new(rendered, request.messages), special=False)
         tokens.append(added)
         self._asked = tokens
         return replace(door.fit(tokens, request, rendered), held=self._held, own_from=self._retention.start)
@@ -160,17 +164,36 @@ class Session(RetainedConversation):
         if self._held is not None:
             self._held.close()
 
-    def _what_is_new(self, rendered: str) -> str:
-        """Return what the template puts behind the last answer."""
-        if self.num_turns == 0:
-            return rendered
-        before = self._rendered + ANSWER
-        if not rendered.startswith(before):
+    def _what_is_new(self, rendered: str, messages: Sequence[dict[str, Any]]) -> str:
+        """Return what the template puts behind the last answer, all of it in the first turn."""
+        render = self._intake.door.render
+        try:
+            self._look_ahead(messages)
+            if self.num_turns == 0:
+                return rendered
+            before = self._rendered + ANSWER
+            if rendered.startswith(before):
+                added = rendered[len(before) :]
+            else:
+                added = added_behind(render, self._messages[:-1], messages)
+        except PartedError as error:
             raise UnsupportedError(
-                f"session {self.id!r}: the chat template renders turns 1 to {self.num_turns} differently "
-                "once another follows, so nothing can be appended: pass the whole chat to process_request"
-            )
-        added = rendered[len(before) :]
+                f"session {self.id!r}: with the messages of turn {self.num_turns + 1} the chat template "
+                f"cannot be appended to: it renders a turn differently once another follows ({error}); "
+                f"{WHOLE_CHATS}"
+            ) from None
         if self._end_text and added.lstrip().startswith(self._end_text):
             return added.lstrip()[len(self._end_text) :]
         return added
+
+    def _look_ahead(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Raise ``PartedError`` if nothing could be appended to a turn of these messages.
+
+        Of plain ones it is known since the session was made. Some templates put a system's message into
+        whatever turn is the last: better said now than in the next turn.
+        """
+        if all(message.keys() == {"role", "content"} and message["role"] == "user" for message in messages):
+            return
+        with suppress(InvalidRequestError):  # what may follow these messages is the template's to say
+            past = [*self._messages, *messages]
+            added_behind(self._intake.door.render, past, [{"role": "user", "content": "And then?"}])
