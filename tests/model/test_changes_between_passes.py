@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -167,6 +168,9 @@ def test_a_configuration_passed_is_completed_by_the_models_own(
     model.generation_config.update(**own)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), IDS], dim=1)
     config = GenerationConfig(**GREEDY)
-    found = model.generate(padded, generation_config=config)
+    says = "use_cache=False.*the model's own generation configuration"
+    with pytest.warns(UserWarning, match=says) if "use_cache" in own else nullcontext():
+        found = model.generate(padded, generation_config=config)
+    assert ("every call passes by: use_cache=False" in repr(attachment)) == ("use_cache" in own)
     attachment.detach()
     assert torch.equal(found, model.generate(padded, generation_config=config))

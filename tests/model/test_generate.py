@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import pytest
@@ -223,10 +224,19 @@ def test_training_and_uncached_forward_passes_are_untouched(attachment: Attachme
     model.zero_grad()
 
 
-def test_a_prompt_longer_than_the_budget_is_refused_and_nothing_stays(attachment: Attachment) -> None:
-    ids = prompt(300).repeat(1, 8)
+def test_a_prompt_longer_than_the_budget_runs_on_the_model_alone_and_nothing_stays(
+    attachment: Attachment,
+) -> None:
+    ids = torch.cat([prompt(300, seed=seed) for seed in range(8)])
     with pytest.raises(CapacityError, match=r"\d+ pages"):
-        our_text(attachment, ids)
+        our_text(attachment, ids, **over(attachment.cache.session("too long")))
+    attachment.cache.drop_session("too long")
+    before = attachment.cache.get_stats()["passed_by_calls"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = our_text(attachment, ids)
+    assert attachment.cache.get_stats()["passed_by_calls"] == before + 1
+    assert torch.equal(found, own_text(attachment, ids))
     short = prompt(20)
     assert torch.equal(our_text(attachment, short), own_text(attachment, short))
 
@@ -238,7 +248,7 @@ def test_bad_input_is_refused_with_the_numbers(attachment: Attachment) -> None:
     with pytest.raises(InvalidRequestError, match=rf"{VOCAB}.*{VOCAB}"):
         our_text(attachment, torch.tensor([[5, VOCAB, 3]]), **over(session))
     with pytest.raises(InvalidRequestError, match="-4"):
-        our_text(attachment, torch.tensor([[5, -4, 3]]))
+        our_text(attachment, torch.tensor([[5, -4, 3]]), **over(session))
     right = torch.ones((1, 6), dtype=torch.long)
     right[0, 4:] = 0
     with pytest.raises(UnsupportedError, match="left padding"):

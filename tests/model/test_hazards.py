@@ -31,8 +31,11 @@ test that shows what happens with ours (in this file where none is named):
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 import threading
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +43,9 @@ import pytest
 import torch
 from families import VOCAB, make_model, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 import kvhybrid
 from kvhybrid import KVCacheConfig
@@ -47,7 +53,6 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.errors import CapacityError, ConfigError, InvalidRequestError, UnsupportedError
 from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
-from kvhybrid.model.runner import Packing, Runner
 from kvhybrid.model.versions import CACHE, over
 
 if TYPE_CHECKING:
@@ -76,30 +81,53 @@ def own_text(ids: torch.Tensor, **kwargs: object) -> torch.Tensor:
     return text_of(make_model("llama"), ids, **kwargs)
 
 
-def test_the_models_own_attention_comes_back_when_the_last_user_leaves() -> None:
+def test_a_configuration_never_names_our_attention() -> None:
     model = make_model("llama")
-    attachment = kvhybrid.attach(model, config=KVCacheConfig(**CONFIG))
-    runner = Runner(model, KVCache.for_model(model, KVCacheConfig(**CONFIG)).storage, Packing.RAGGED)
-    attachment.detach()
-    assert model.config._attn_implementation == "kvhybrid"
-    runner.close()
-    runner.close()
-    assert model.config._attn_implementation == "sdpa"
+    names: list[set[str | None]] = []
 
+    def note(*_: object) -> None:
+        twin = copy.deepcopy(model.config)
+        written = pickle.loads(pickle.dumps(model.config))
+        names.append({config._attn_implementation for config in (twin, written)})
+        names.append({model.config.to_dict().get("_attn_implementation")})
 
-def test_another_attention_over_marked_keys_is_an_error_and_never_another_text() -> None:
-    model = make_model("llama")
+    def ask_elsewhere(*_: object) -> None:
+        thread = threading.Thread(target=lambda: names.append({model.config._attn_implementation}))
+        thread.start()
+        thread.join()
+
     with kvhybrid.attach(model, config=KVCacheConfig(**CONFIG)) as attachment:
         assert attachment.route is Route.PAGED
+        expected = own_text(prompt(20))
+        hooks = [model.model.layers[1].register_forward_pre_hook(hook) for hook in (note, ask_elsewhere)]
+        assert torch.equal(text_of(model, prompt(20)), expected)
+        for hook in hooks:
+            hook.remove()
+    assert names
+    assert all(found <= {"sdpa", None} for found in names)
+
+
+@pytest.mark.parametrize("name", ["eager", "mine"])
+def test_another_attention_set_while_attached_writes_its_own_text(name: str) -> None:
+    AttentionInterface.register("mine", sdpa_attention_forward)
+    AttentionMaskInterface.register("mine", sdpa_mask)
+    model = make_model("llama")
+    with kvhybrid.attach(model, config=KVCacheConfig(**CONFIG)) as attachment:
         ids = prompt(20)
         text_of(model, ids)
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(name)
         longer = torch.cat([ids, prompt(5, seed=1)], dim=1)
-        for text in (longer, ids):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for text in (longer, ids):
+                assert torch.equal(text_of(model, text), own_text(text))
+        if name == "mine":
+            assert attachment.cache.get_stats()["passed_by_calls"] == 2
             with pytest.raises(UnsupportedError, match="stand for pages"):
-                text_of(model, text)
-        model.set_attn_implementation("kvhybrid")
+                text_of(model, longer, **over(attachment.cache.session("a")))
+        model.set_attn_implementation("sdpa")
         assert torch.equal(text_of(model, ids), own_text(ids))
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_two_models_never_read_each_others_pages_in_one_cache() -> None:

@@ -90,6 +90,8 @@ def computed(llama: Attachment) -> Iterator[Count]:
         score_continuations(llama, context, texts)
         return sum(seen)
 
+    for _ in range(3):  # what the hook notes of a pass is learned to describe no model
+        computed(ids(5, seed=9), [ids(2)])
     yield computed
     hook.remove()
 

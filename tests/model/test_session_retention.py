@@ -17,7 +17,7 @@ from kvhybrid.model.attach import Attachment
 from kvhybrid.model.routes import Route
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from kvhybrid.model.transformers_cache import PagedSession
 
@@ -106,7 +106,8 @@ def test_a_dropped_session_is_pinned_no_more_and_what_it_retained_leaves_first(a
 @pytest.mark.parametrize("is_ours", [False, True], ids=["by_another_thread", "by_its_own"])
 def test_a_session_that_is_dropped_while_it_runs_leaves_first_all_the_same(attachment, is_ours):
     cache, other, session = attachment.cache, prompt(20, seed=2), attachment.cache.session("a")
-    acts: list[Callable[[], object]] = []
+    acts = threading.local()  # whose inside does not name the model, as a list's would
+    acts.now = None
 
     def drop() -> None:
         thread = threading.Thread(target=cache.drop_session, args=("a",))
@@ -114,17 +115,17 @@ def test_a_session_that_is_dropped_while_it_runs_leaves_first_all_the_same(attac
         thread.join()
 
     def act(*_: object) -> None:
-        for each in acts:
-            each()
+        if acts.now is not None:
+            acts.now()
 
     with attachment.model.model.layers[1].mlp.register_forward_pre_hook(act):
         session.retain(priority=50)
         text = run(attachment, session, prompt(40, seed=1))
-        acts.append(partial(cache.drop_session, "a") if is_ours else drop)
+        acts.now = partial(cache.drop_session, "a") if is_ours else drop
         # Its own thread takes the pages away under the pass.
         with pytest.raises(KVHybridError) if is_ours else nullcontext():
             text = run(attachment, session, text, 1)
-        acts.clear()
+        acts.now = None
         run(attachment, None, other)
         evict_down_to(attachment, text, 0)
         assert cached(attachment, other) == 20

@@ -391,11 +391,16 @@ def test_two_threads_write_their_own_texts_on_one_model(attached: Attachment, ow
     assert all(torch.equal(found[row], expected[row]) for row in range(6))
 
 
-def test_a_text_that_outgrows_the_budget_while_it_is_written_is_a_clear_error(own: PreTrainedModel) -> None:
+def test_a_text_that_outgrows_the_budget_goes_on_over_a_cache_of_the_models_own(own: PreTrainedModel) -> None:
     model = make_model("llama")
+    options = {"do_sample": False, "max_new_tokens": 30}
     with kvhybrid.attach(model, config=KVCacheConfig(max_tokens=64, block_size=16)) as attachment:
         with pytest.raises(CapacityError):
-            model.generate(PROMPT, do_sample=False, max_new_tokens=30)
+            model.generate(PROMPT, **options, **over(attachment.cache.session("long")))
+        attachment.cache.drop_session("long")
+        with pytest.warns(UserWarning, match="there are no pages for all of it"):
+            assert torch.equal(model.generate(PROMPT, **options), own.generate(PROMPT, **options))
+        assert attachment.cache.get_stats()["passed_by"] == {"there are no pages for all of it": 1}
         assert torch.equal(model.generate(PROMPT, **GREEDY), own.generate(PROMPT, **GREEDY))
         pool = attachment.cache.pool
         assert pool.num_free + pool.num_evictable == pool.num_pages

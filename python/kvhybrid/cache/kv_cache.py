@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Protocol, Self, SupportsIndex
 
 import torch
@@ -85,6 +86,8 @@ class KVCache(SaidOfTexts):
         self.storage.make_room = self.hints.make_room
         self._tensors = TensorSessions(self.pool, self.storage, self.config, self.compressed)
         self._cleared_pages = 0
+        self.passed_by: Counter[str] = Counter()
+        """Calls of attached models that ran without this cache, by reason."""
         self._given_up = 0  # tokens that were found cached and had to be computed all the same
         self._lock = threading.RLock()
         self._namespaces = Namespaces(self.pool)
@@ -227,8 +230,11 @@ class KVCache(SaidOfTexts):
         for session in sessions:
             session.close()
 
-    def get_stats(self) -> dict[str, int | float]:
-        """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
+    def get_stats(self) -> dict[str, Any]:
+        """Return counters, JSON-ready, at a cost that does not depend on the pool's size.
+
+        All but one are numbers: ``passed_by`` has the calls of attached models that ran without the cache, by
+        reason; ``passed_by_calls`` is their sum.
 
         ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the bytes
         in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say; ``full_*``, ``quantized_*``,
@@ -265,6 +271,8 @@ class KVCache(SaidOfTexts):
             "gc_evicted_pages": self._collector.evicted_pages if self._collector else 0,
             "gc_failures": self._collector.failures if self._collector else 0,
             "cleared_pages": self._cleared_pages,
+            "passed_by_calls": self.passed_by.total(),
+            "passed_by": dict(self.passed_by),
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,

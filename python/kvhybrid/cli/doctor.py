@@ -18,8 +18,8 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import KVHybridError
 from kvhybrid.model.embedded_model import embedded_model_path
-from kvhybrid.model.interface import own_implementation
 from kvhybrid.model.load import load_weights
+from kvhybrid.model.obstacles import standing_obstacle
 from kvhybrid.model.original import original
 from kvhybrid.model.packing import choose_packing
 from kvhybrid.model.probe import choose_route, try_routes
@@ -70,7 +70,7 @@ def examine(path: Path | None, device: str) -> Findings:
             for trial in try_routes(model, layout)
         ]
         route, reason = choose_route(model, layout)
-        findings["attach"] = {"route": str(route), "reason": reason}
+        findings["attach"] = {"route": str(route), "reason": reason, "passes_by": standing_obstacle(model)}
     except KVHybridError as error:
         findings["refused"] = str(error)
         return findings
@@ -93,7 +93,7 @@ def _describe(model: PreTrainedModel) -> Findings:
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": str(weight.device),
-        "attention": own_implementation(model),
+        "attention": model.config._attn_implementation,
     }
 
 
@@ -145,6 +145,8 @@ def _print(findings: Findings) -> None:
         line("route", f"{trial['route']}: {_outcome(trial)}")
     if (attach := findings.get("attach")) is not None:
         line("attach", f"{attach['route']} route: {attach['reason']}")
+        if attach["passes_by"] is not None:
+            line("", f"but every plain call of generate passes the cache by: {attach['passes_by']}")
     if (engine := findings.get("engine")) is not None:
         served = f"{engine['packing']} packing: {engine['reason']}" if "packing" in engine else "refused: "
         line("engine", served + engine.get("refused", ""))

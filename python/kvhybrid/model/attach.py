@@ -1,48 +1,49 @@
 """``attach``: plain ``model.generate`` and ``model.forward`` run through a ``KVCache``.
 
-Nothing of the model is changed but the name of its attention implementation, and all of it is undone
-by ``detach``. The wrapped ``forward`` tells the session which tokens a forward pass brings; the wrapped
-``generate`` shows it the whole prompt before transformers slices it.
+Two functions are put on the model object, and ``detach`` takes them away; its configuration is not touched.
+The wrapped ``forward`` tells the session which tokens a forward pass brings; the wrapped ``generate`` shows
+it the whole prompt before transformers slices it.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import threading
-import warnings
-from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex, TypeVar, cast
 
 import torch
 
 from kvhybrid.cache.kv_cache import KVCache
-from kvhybrid.errors import ConfigError, LayoutError, UnsupportedError
+from kvhybrid.errors import CapacityError, ConfigError, KVHybridError, LayoutError, UnsupportedError
 from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.attention_name import StandIn
 from kvhybrid.model.compression import Compression
+from kvhybrid.model.generating import Generating
 from kvhybrid.model.grid import GRID
-from kvhybrid.model.interface import (
-    model_number,
-    own_implementation,
-    switch_off,
-    switch_on,
-)
+from kvhybrid.model.interface import model_number
 from kvhybrid.model.layer_states import LayerStates, name_layers, state_layers
 from kvhybrid.model.observed import Observed
 from kvhybrid.model.obstacles import (
-    ASKED_FOR,
-    mask_of,
     mixes_rows,
     obstacle_in_precision,
-    obstacle_to_reuse,
     obstacle_to_step,
     precision_of,
-    settings_of,
+    standing_obstacle,
 )
-from kvhybrid.model.original import ATTACHED, WRAPPED, original, plain_copy, plain_forward, wrapper
+from kvhybrid.model.original import (
+    ATTACHED,
+    WRAPPED,
+    leads_to,
+    original,
+    plain_forward,
+    plain_state,
+    wrapper,
+)
 from kvhybrid.model.padding import vocab_size
+from kvhybrid.model.passed_by import PassedBy
+from kvhybrid.model.plain_session import PlainSession
 from kvhybrid.model.probe_compression import obstacle_to_compression
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
-from kvhybrid.model.session_compression import compress_turn
 from kvhybrid.model.session_rows import SessionRows
 from kvhybrid.model.session_states import SessionStates
 from kvhybrid.model.stepping import Stepping
@@ -59,6 +60,8 @@ if TYPE_CHECKING:
     from kvhybrid.config import KVCacheConfig
     from kvhybrid.model.routes import Reader
 
+Kind = TypeVar("Kind", bound=PagedSession)
+
 
 class Attachment:
     """A model bound to a cache. ``route`` says how it reads pages, ``reason`` why."""
@@ -69,12 +72,15 @@ class Attachment:
         self.route = route
         self.reason = reason
         self.weights = ModelState.of(model)
+        self.passed_by = PassedBy(cache)
         self._namespaces = ModelNamespaces(self.weights, cache, model_number(model))
         self._generate = cast("Callable[..., Any]", model.generate)
         self._forward: Callable[..., Any] = model.forward
-        self._parameters = list(inspect.signature(model.forward).parameters)
+        parameters = inspect.signature(model.forward).parameters
+        self._parameters = {name: parameter.default for name, parameter in parameters.items()}
         plain = plain_forward(model)
-        self._stepping = Stepping(plain, self._parameters, self.weights.learning)
+        stand_in = StandIn(model) if route is Route.PAGED else None
+        self._stepping = Stepping(plain, list(parameters), self.weights.learning, stand_in)
         self._state_layers = state_layers(model.config)
         if bool(self._state_layers) != bool(cache.layout.state_bytes):
             kept = name_layers(model.config, self._state_layers) or "no layer"
@@ -90,44 +96,64 @@ class Attachment:
             obstacle=functools.partial(obstacle_to_compression, model, plain, cache.layout, route),
         )
         self._precision = precision_of(model)
-        self._said: set[str] = set()
-        self._passing = threading.local()
+        self._generating = Generating(
+            model,
+            self._generate,
+            self.forward,
+            parameters=self._parameters,
+            state=self.weights,
+            passed_by=self.passed_by,
+            session=functools.partial(self._make_session, "", "default", PlainSession),
+            obstacle=self._obstacle_in_model,
+            compression=self._compression,
+            grid=self._grid,
+        )
         # Set on the object by others (accelerate does), and put back by ``detach``.
-        self.own = {name: model.__dict__[name] for name in WRAPPED if name in model.__dict__}
+        self.own = {name: vars(model)[name] for name in WRAPPED if name in vars(model)}
+        self._wrappers: dict[str, Callable[..., Any]] = {}
 
     def install(self) -> Self:
         """Put the wrappers in place: not hooks, because some of transformers' loops call ``forward``."""
         model = self.model
-        if self.route is Route.PAGED:
-            switch_on(model)
         self.cache.on_session(self.session)
         setattr(model, ATTACHED, self)
+        self._wrappers = {
+            "forward": wrapper(self._forward, self.forward),
+            "generate": wrapper(self._generate, self.generate),
+            "__getstate__": self._plain_state,
+        }
         # Through __dict__: a wrapper must not become a submodule, and not bind a second time.
-        model.__dict__["forward"] = wrapper(self._forward, self.forward)
-        model.__dict__["generate"] = wrapper(self._generate, self.generate)
-        model.__dict__["__deepcopy__"] = self._copy_model
+        vars(model).update(self._wrappers)
         return self
 
     def detach(self) -> None:
-        """Give the model back as it was, and close the cache's sessions. Idempotent."""
-        if self.model.__dict__.get(ATTACHED) is not self:
+        """Give the model back as it was, and close the cache's sessions. Idempotent.
+
+        What others have put around our functions since stays; ours then only hand on.
+        """
+        if not self.is_attached:
             return
-        for name in (*WRAPPED, ATTACHED):
-            del self.model.__dict__[name]
-        self.model.__dict__.update(self.own)
+        plain = plain_state(self.model, self.own, self._wrappers)
+        for name in [name for name in vars(self.model) if name not in plain]:
+            del vars(self.model)[name]
+        vars(self.model).update(
+            {name: value for name, value in plain.items() if vars(self.model)[name] is not value}
+        )
         self.cache.on_session(None)
         self.weights.leave()
-        if self.route is Route.PAGED:
-            switch_off(self.model)
 
-    def _copy_model(self, memo: dict[int, Any]) -> PreTrainedModel:
-        """Deep-copy the model as it is without us: our wrappers would run the original for the copy."""
-        own = own_implementation(self.model) if self.route is Route.PAGED else None
-        return plain_copy(self.model, self.own, memo, own)
+    @property
+    def is_attached(self) -> bool:
+        """True until ``detach``."""
+        return vars(self.model).get(ATTACHED) is self
+
+    def _plain_state(self) -> dict[str, Any]:
+        """Return what is copied and pickled of the model: all but what is ours."""
+        return plain_state(self.model, self.own, self._wrappers)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Refuse to be pickled, and with this the attached model: pages and locks belong to a process."""
-        raise UnsupportedError("an attached model cannot be pickled: call kvhybrid.detach(model) first")
+        """Refuse to be pickled: pages and locks belong to a process."""
+        raise UnsupportedError("an attachment cannot be pickled; its model can, without it")
 
     def __enter__(self) -> Self:
         return self
@@ -151,6 +177,9 @@ class Attachment:
 
     def session(self, session_id: str, tenant: str = "default") -> PagedSession:
         """Make the session of that id; ``KVCache.session`` keeps it."""
+        return self._make_session(session_id, tenant, PagedSession)
+
+    def _make_session(self, session_id: str, tenant: str, kind: type[Kind]) -> Kind:
         reader: Reader
         if self.route is Route.PAGED:
             reader = PagedReader(self._attention)
@@ -172,7 +201,7 @@ class Attachment:
             observed=Observed(self.cache.storage.buffers) if self._compression.observes else None,
         )
         fresh = functools.partial(self.session, tenant=tenant)
-        session = PagedSession(rows, fresh, self.weights.fingerprint, self._compression)
+        session = kind(rows, fresh, self.weights.fingerprint, self._compression)
         # Whoever holds it, it ends with the attachment: another model would read this one's pages.
         self.cache.watch(session)
         return session
@@ -182,109 +211,34 @@ class Attachment:
 
         Takes what ``model.generate`` takes, a cache as ``past_key_values`` or ``cache`` in every version of
         transformers. Without one the prompt is matched against everything cached; with a session of this
-        cache it continues that session, whose context is compressed behind the answer if the configuration
-        says so. Other caches and ``use_cache=False`` pass through
-        untouched. So does whatever a session cannot take (embeddings, images, masks with holes, dropout),
-        with one warning for each kind; with a session it is a clear error.
+        cache it continues that session, whose context is compressed after the answer if the configuration
+        says so. Other caches and ``use_cache=False`` pass through untouched. So does whatever a session
+        cannot take (embeddings, images, masks with holes, dropout), counted (``get_stats()``) and with one
+        warning for each kind; with a session it is a clear error.
         """
-        named = with_cache_named(kwargs)
-        past = named.get(CACHE)
+        past = with_cache_named(kwargs).get(CACHE)
         is_ours = isinstance(past, PagedSession) and past.rows.cache is self.cache
-        if past is not None and not is_ours:
+        if not self.is_attached and not is_ours:
             return self._generate(inputs, *args, **kwargs)
-        kwargs = named
-        ids = inputs if inputs is not None else kwargs.get("input_ids")
-        given = kwargs.get("generation_config", args[0] if args else None)
-        settings = settings_of(kwargs, given, self.model.generation_config)
-        self.weights.survey()
-        obstacle = (
-            obstacle_to_reuse(ids, kwargs, settings, in_session=is_ours, drops_out=self.weights.drops_out)
-            or self._obstacle_in_model()
-        )
-        if obstacle is not None and is_ours:
-            raise UnsupportedError(f"a session cannot take {obstacle}")
-        if obstacle is not None or ids is None:
-            is_said = obstacle not in ASKED_FOR and (
-                ids is not None or kwargs.get("inputs_embeds") is not None
-            )
-            return self._without(f"it cannot take {obstacle}" if is_said else "", "", inputs, args, kwargs)
-        session = past if isinstance(past, PagedSession) else self.session("")
-        chunk = settings["prefill_chunk_size"]
-        if isinstance(chunk, int) and chunk > 0:
-            kwargs["prefill_chunk_size"] = None  # the prompt is cut here, behind what is cached of it
-        mask = mask_of(ids, kwargs, settings)
-        with session.rows.owner.in_use():
-            try:
-                session.rows.prepare(ids, mask)
-            except UnsupportedError as error:
-                if is_ours:
-                    raise
-                return self._without("it cannot take this attention_mask", f": {error}", inputs, args, kwargs)
-            try:
-                # With a grid, forward cuts every prompt, the same for everybody.
-                if isinstance(chunk, int) and chunk > 0 and not self._grid:
-                    self._prefill(session, ids, mask, chunk)
-                output = self._generate(inputs, *args, **{**kwargs, **over(session)})
-                if is_ours and self._compression.kept < 1.0:
-                    compress_turn(session.rows, self._compression.kept, self._compression.scorer)
-                return output
-            finally:
-                session.rows.release()
-
-    @torch.no_grad()
-    def _prefill(
-        self, session: PagedSession, ids: torch.Tensor, mask: torch.Tensor | None, chunk: int
-    ) -> None:
-        """Compute the prompt but for its last token, ``chunk`` columns at a time, behind what is cached.
-
-        Left to transformers, versions before 5.23 feed it from its beginning, whatever is cached.
-        """
-        total = ids.shape[1] if mask is None else mask.shape[1]
-        first = total - ids.shape[1]
-        options = {"logits_to_keep": 1} if "logits_to_keep" in self._parameters else {}
-        for start in range(session.rows.columns, total - 1, chunk):
-            stop = min(start + chunk, total - 1)
-            seen = mask[:, :stop] if mask is not None else None
-            fed = ids[:, start - first : stop - first]
-            self.forward(input_ids=fed, attention_mask=seen, **over(session), use_cache=True, **options)
+        return self._generating.run(inputs, args, kwargs, is_ours=is_ours)
 
     def _obstacle_in_model(self) -> str | None:
+        if not leads_to(self.model.forward, self._wrappers.get("forward")):
+            return "a forward that was put in place of the attached one"
         if self.weights.mixes_adapters:
             return "adapters chosen row by row"
         if self.weights.has_prompt_tuning:
             return "an adapter with tokens of its own"
         return obstacle_in_precision(precision_of(self.model), self._precision, self.cache.storage.dtype)
 
-    def _without(
-        self,
-        why: str,
-        details: str,
-        inputs: torch.Tensor | None,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
-        """Generate without the cache, and warn once for every ``why``.
-
-        Calls that transformers makes within such a call (early exit drafts with the model itself) say
-        nothing.
-        """
-        is_within = getattr(self._passing, "on", False)
-        if why and not is_within and why not in self._said:
-            self._said.add(why)
-            warnings.warn(f"generate runs without the cache: {why}{details}", stacklevel=4)
-        self._passing.on = True
-        try:
-            return self._generate(inputs, *args, **kwargs)
-        finally:
-            self._passing.on = is_within
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model's own forward pass; one over a session of this cache is a step of that session."""
-        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        named = with_cache_named(kwargs)
-        session = named.get(CACHE)
-        if not isinstance(session, PagedSession):
-            return self._forward(**kwargs)
+        session = next((each for each in (*args, *kwargs.values()) if isinstance(each, PagedSession)), None)
+        if session is None or not self.is_attached:
+            if self.is_attached and len(getattr(kwargs.get("input_ids"), "shape", ())) == 2:
+                self.passed_by.note_forward()
+            return self._forward(*args, **kwargs)
+        named = with_cache_named({**dict(zip(self._parameters, args, strict=False)), **kwargs})
         return self._step(session, named)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's has no annotations
@@ -293,10 +247,12 @@ class Attachment:
         rows = session.rows
         if rows.cache is not self.cache:
             raise UnsupportedError("this session belongs to a cache that is attached to another model")
+        if isinstance(session, PlainSession) and (session.in_call or session.handed is not None):
+            return self._plain_step(session, kwargs)
         if rows.rows is None:
             self.weights.survey()
         is_direct = rows.owner.depth == 0  # inside a call of ``generate`` the model was asked before
-        obstacle = obstacle_to_step(kwargs, drops_out=is_direct and self.weights.drops_out)
+        obstacle = obstacle_to_step(kwargs, self._parameters, drops_out=is_direct and self.weights.drops_out)
         if is_direct:
             obstacle = obstacle or self._obstacle_in_model()
         if obstacle is not None:
@@ -304,8 +260,46 @@ class Attachment:
         with rows.owner.in_use():
             return self._stepping.run(session, kwargs)
 
+    def _plain_step(self, session: PlainSession, kwargs: dict[str, Any]) -> Any:
+        """Run a forward pass of a call that knows of no session: on the model alone, if a session cannot."""
+        if session.handed is not None:
+            return self._forward(**{**kwargs, **over(session.handed)})
+        why = details = ""
+        obstacle = obstacle_to_step(kwargs, self._parameters, drops_out=False)
+        if obstacle is not None:
+            if not session.can_hand_over:
+                raise UnsupportedError(f"a session cannot take {obstacle}")
+            why = f"it cannot take {obstacle}"
+        else:
+            try:
+                with session.rows.owner.in_use():
+                    return self._stepping.run(session, kwargs)
+            except Exception as error:
+                # What the model's own code raises, it raises without us, too.
+                if not session.can_hand_over or self._stepping.came_from_the_model(error):
+                    raise
+                why, details = _said_of(error), f": {error}"
+        handed = session.hand_over(self.model, precision_of(self.model)[1], len(kwargs["input_ids"]))
+        self.passed_by.note(why, details=details)
+        return self._forward(**{**kwargs, **over(handed)})
+
     def __repr__(self) -> str:
-        return f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {self.cache!r}>"
+        standing = self.standing_obstacle() if self.is_attached else "it was detached"
+        calls = f"every call passes by: {standing}" if standing is not None else str(self.passed_by)
+        return (
+            f"<Attachment {type(self.model).__name__}, {self.route} route ({self.reason}), {calls}, "
+            f"{self.cache!r}>"
+        )
+
+    def standing_obstacle(self) -> str | None:
+        """Return why a plain call that says nothing of its own would pass the cache by, or None."""
+        return standing_obstacle(self.model) or self._obstacle_in_model()
+
+
+def _said_of(error: Exception) -> str:
+    if isinstance(error, CapacityError):
+        return "there are no pages for all of it"
+    return "it failed in the cache" if not isinstance(error, KVHybridError) else "it cannot take this call"
 
 
 def attach(

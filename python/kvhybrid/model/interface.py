@@ -1,4 +1,4 @@
-"""Our attention function and its mask function, as ``transformers`` registers them.
+"""Our attention function and its mask function, as ``attention_name`` registers them with ``transformers``.
 
 A marked key (``PageHandle``) carries where its past lies; everything else, a forward pass without a
 cache, training, another cache, is handed to the model's own attention as before.
@@ -6,7 +6,6 @@ cache, training, another cache, is handed to the model's own attention as before
 
 from __future__ import annotations
 
-import functools
 import itertools
 import threading
 import weakref
@@ -14,19 +13,19 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.masking_utils import AttentionMaskInterface
-from transformers.modeling_utils import AttentionInterface, PreTrainedModel
 
 from kvhybrid.errors import UnsupportedError
 from kvhybrid.model.attention import decode
 from kvhybrid.model.masks import current_trace
 from kvhybrid.model.observed import current_observed
-from kvhybrid.model.own_attention import CAP, EXTRAS, MASKS, OURS, SINKS, attend_itself
+from kvhybrid.model.own_attention import CAP, EXTRAS, MASKS, SINKS, attend_itself
 from kvhybrid.model.scored import Extras
 from kvhybrid.model.versions import mask_function_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from transformers import PreTrainedModel
 
     from kvhybrid.cache.step import Step
     from kvhybrid.model.attention import PagedAttention
@@ -46,18 +45,14 @@ HARMLESS = (
 )
 
 _thread = threading.local()
-_switch_lock = threading.Lock()
-# Model -> (its own implementation, how many attachments and runners use ours).
-_switched: weakref.WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = weakref.WeakKeyDictionary()
-
-
+_numbers_lock = threading.Lock()
 _numbers: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _next_number = itertools.count()
 
 
 def model_number(model: PreTrainedModel) -> int:
     """Return a number that no other model of this process has, had or will have."""
-    with _switch_lock:
+    with _numbers_lock:
         if model not in _numbers:
             _numbers[model] = next(_next_number)
         return _numbers[model]
@@ -77,40 +72,6 @@ def reading_pages(value: bool) -> Iterator[None]:
 def is_reading_pages() -> bool:
     """Return True inside a forward pass that reads pages, in this thread."""
     return getattr(_thread, "paged", False)
-
-
-def own_implementation(model: PreTrainedModel) -> str:
-    """Return the attention implementation that the model has when nobody switched it to ours."""
-    with _switch_lock:
-        known = _switched.get(model)
-    return known[0] if known is not None else str(model.config._attn_implementation)
-
-
-def switch_on(model: PreTrainedModel) -> None:
-    """Have the model attend through us; its own implementation must be one that ours stand for.
-
-    Counted: it gets its own back when the last user switches off.
-    """
-    with _switch_lock:
-        known = _switched.get(model)
-        if known is None:
-            known = str(model.config._attn_implementation), 0
-            ours = OURS[known[0]]
-            AttentionInterface.register(ours, functools.partial(paged_attention_forward, known[0]))
-            AttentionMaskInterface.register(ours, functools.partial(paged_mask, known[0]))
-            model.set_attn_implementation(ours)
-        _switched[model] = known[0], known[1] + 1
-
-
-def switch_off(model: PreTrainedModel) -> None:
-    """Undo one ``switch_on``."""
-    with _switch_lock:
-        own, users = _switched[model]
-        if users > 1:
-            _switched[model] = own, users - 1
-            return
-        del _switched[model]
-        model.set_attn_implementation(own)
 
 
 class PageHandle(torch.Tensor):

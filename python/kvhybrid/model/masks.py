@@ -134,7 +134,7 @@ def _tracing() -> Iterator[MaskTrace]:
 def obstacle_to_pages(model: PreTrainedModel, needed: str | None = None) -> str | None:
     """Return what some layer of ``model`` sees that the paged route would not give it, or None.
 
-    The model must attend through us (``switch_on``); nothing is read from pages. ``needed``: the answer for
+    The model must attend through us (``StandIn``); nothing is read from pages. ``needed``: the answer for
     a model without soft caps and sinks.
     """
     device = input_device(model)

@@ -6,20 +6,23 @@ would be served to a text that never had it.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils.generic import ModelOutput
 
 from kvhybrid.model.versions import CACHE_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedModel
 
-# Arguments of ``forward`` that leave the K and V of given tokens at given places alone.
-NEUTRAL: Final = frozenset(
+# Arguments of ``forward`` that a session sees to: what they say of the tokens is part of what it compares.
+COVERED: Final = frozenset(
     {
         "input_ids",
         "attention_mask",
@@ -27,26 +30,26 @@ NEUTRAL: Final = frozenset(
         *CACHE_NAMES,
         "cache_position",
         "use_cache",
-        "logits_to_keep",
-        "num_logits_to_keep",
-        "labels",
-        "return_dict",
-        "output_hidden_states",
-        "output_router_logits",
-        "shift_labels",
     }
 )
-# How arguments of ``generate`` begin that change what a forward pass computes.
-SHAPING: Final = (
-    "inputs_embeds",
-    "position_ids",
-    "token_type_ids",
-    "encoder_outputs",
-    "input_features",
-    "pixel_",
-    "image_",
-    "video_",
+# How arguments begin that ask for outputs, and those that shape loss and logits: K and V are the same.
+ASKING: Final = ("output_", "return_")
+AFTERWARDS: Final = frozenset(
+    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "num_logits_to_keep"}
 )
+# An output that attention over pages does not have.
+WEIGHTS_OUT: Final = "output_attentions"
+# Values that a forward pass can compute with. What else comes by a name that it does not have (a tokenizer,
+# a streamer) it cannot read.
+COMPUTABLE: Final = (
+    torch.Tensor, np.ndarray, bool, int, float, complex, str, bytes, list, tuple, set, dict, ModelOutput
+)  # fmt: skip
+# Arguments of ``generate`` that go on from another place than the prompt's first token.
+PLACING: Final = ("position_ids", "cache_position")
+# What ``generate`` takes for itself and hands on to no forward pass.
+OF_GENERATE: Final = frozenset(
+    {*inspect.signature(GenerationMixin.generate).parameters, *vars(GenerationConfig())}
+) - {"kwargs"}
 
 TOKENS: Final = ("pad_token_id", "eos_token_id")
 # What of a generation configuration decides about reuse.
@@ -62,9 +65,13 @@ SETTINGS: Final = (
 )
 
 NO_CACHE: Final = "use_cache=False: it is a cache"
+NO_HIDDEN: Final = "output_hidden_states: those of cached tokens are not computed"
 DROPOUT: Final = "a model in training mode: dropout would be cached"
-# Whoever asks for no cache, or for another one, knows that ours is not used.
+# Whoever asks in a call for no cache, or for another one, knows that ours is not used.
 ASKED_FOR: Final = (NO_CACHE, "cache_implementation")
+CALL: Final = "from the call"
+# Settings that are obstacles, by what is said of them.
+OF_SETTINGS: Final = {NO_CACHE: "use_cache", NO_HIDDEN: "output_hidden_states"}
 
 
 def mixes_rows(model: PreTrainedModel) -> bool:
@@ -74,14 +81,39 @@ def mixes_rows(model: PreTrainedModel) -> bool:
     return any(getattr(config, name, None) for name in names)
 
 
-def obstacle_to_step(kwargs: dict[str, Any], *, drops_out: bool) -> str | None:
-    """Return what of a forward pass, dropout or one of its arguments, a session cannot take, or None."""
+def changes_values(name: str, value: object, parameters: Mapping[str, object]) -> bool:
+    """Return whether an argument of a forward pass may change the K and V of given tokens at given places.
+
+    ``parameters``: the names and defaults of ``forward``. Decided by a rule and not by a list, so that models
+    and versions that no one has seen yet are judged alike: what says nothing (None, False, empty, the
+    default), what a session compares itself, and what only asks for outputs does not; nor does an object
+    that is no number, text or tensor, under a name that ``forward`` does not have. All else may.
+    """
+    if value is None or value is False or (isinstance(value, dict | list | tuple) and not value):
+        return False
+    if name in COVERED or name in AFTERWARDS:
+        return False
+    if name.startswith(ASKING):
+        return name == WEIGHTS_OUT
+    if name in parameters:
+        default = parameters[name]
+        return not (
+            type(default) is type(value) and isinstance(value, bool | int | float | str) and value == default
+        )
+    return isinstance(value, COMPUTABLE)
+
+
+def obstacle_to_step(
+    kwargs: dict[str, Any], parameters: Mapping[str, object], *, drops_out: bool
+) -> str | None:
+    """Return what of a forward pass, dropout or one of its arguments, a session cannot take, or None.
+
+    ``parameters``: the names and defaults of the model's ``forward``.
+    """
     if kwargs.get("input_ids") is None:
         return "a forward pass without input_ids: embeddings hide the tokens"
     for name, value in kwargs.items():
-        # Models of images get an empty dictionary of encodings from ``generate`` when there is none.
-        is_empty = isinstance(value, dict) and not value
-        if name not in NEUTRAL and value is not None and value is not False and not is_empty:
+        if changes_values(name, value, parameters):
             return name
     if (obstacle := _obstacle_in_mask(kwargs.get("attention_mask"))) is not None:
         return obstacle
@@ -117,28 +149,45 @@ def settings_of(
     return settings | {name: kwargs[name] for name in SETTINGS if name in kwargs}
 
 
+def origin_of(name: str, kwargs: dict[str, Any], given: GenerationConfig | None, value: object) -> str:
+    """Say where a setting of a call of ``generate`` comes from."""
+    if name in kwargs:
+        return CALL
+    if given is not None and getattr(given, name, None) == value:
+        return "from the generation configuration of the call"
+    return "from the model's own generation configuration"
+
+
 def obstacle_to_reuse(
-    ids: Any, kwargs: dict[str, Any], settings: dict[str, Any], *, in_session: bool, drops_out: bool
+    ids: Any,
+    kwargs: dict[str, Any],
+    settings: dict[str, Any],
+    parameters: Mapping[str, object],
+    *,
+    in_session: bool,
+    drops_out: bool,
 ) -> str | None:
     """Return what of a call to ``generate`` keeps its prompt from being cached, or None.
 
-    ``settings``: what ``settings_of`` returned. ``in_session``: the caller passed a session, and gets what
-    transformers gives with a cache that holds something: hidden states of the tokens computed, not of those
-    that were cached.
+    ``settings``: what ``settings_of`` returned. ``parameters``: the names and defaults of the model's
+    ``forward``. ``in_session``: the caller passed a session, and gets what transformers gives with a cache
+    that holds something: hidden states of the tokens computed, not of those that were cached.
     """
     if settings["use_cache"] is False:
         return NO_CACHE
-    for name in ("cache_implementation", "assistant_early_exit", "output_attentions"):
+    for name in ("cache_implementation", "assistant_early_exit", WEIGHTS_OUT):
         if settings[name]:
             return name
-    if (obstacle := _obstacle_in_prompt(ids, kwargs, in_session=in_session)) is not None:
+    if (obstacle := _obstacle_in_prompt(ids, kwargs, parameters, in_session=in_session)) is not None:
         return obstacle
     if not in_session and settings["output_hidden_states"] and settings["return_dict_in_generate"]:
-        return "output_hidden_states: those of cached tokens are not computed"
+        return NO_HIDDEN
     return DROPOUT if drops_out else None
 
 
-def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -> str | None:
+def _obstacle_in_prompt(
+    ids: Any, kwargs: dict[str, Any], parameters: Mapping[str, object], *, in_session: bool
+) -> str | None:
     if ids is None:
         return "a prompt without token ids: embeddings hide the tokens"
     if not isinstance(ids, torch.Tensor):
@@ -148,9 +197,14 @@ def _obstacle_in_prompt(ids: Any, kwargs: dict[str, Any], *, in_session: bool) -
         return obstacle
     if not in_session and mask is not None and mask.shape != ids.shape:
         return f"an attention_mask of {list(mask.shape)} for input_ids of {list(ids.shape)}"
-    return next(
-        (name for name, value in kwargs.items() if value is not None and name.startswith(SHAPING)), None
-    )
+    for name, value in kwargs.items():
+        if value is not None and name in PLACING:
+            return name
+        # What a recipe is given (``custom_generate``) is the recipe's; each forward pass is asked again.
+        is_given = name not in OF_GENERATE and not kwargs.get("custom_generate")
+        if (name in parameters or is_given) and changes_values(name, value, parameters):
+            return name
+    return None
 
 
 def precision_of(model: PreTrainedModel) -> tuple[torch.device, torch.dtype]:
@@ -177,6 +231,18 @@ def obstacle_in_precision(
         return f"a model that was moved from {before[0]} to {now[0]}: detach and attach it again"
     if now[1] != before[1] and torch.promote_types(now[1], pages) != pages:
         return f"K and V in {now[1]}: its pages hold {pages}"
+    return None
+
+
+def standing_obstacle(model: PreTrainedModel) -> str | None:
+    """Return what of a checkpoint keeps from being cached every call that says nothing else, or None."""
+    own = model.generation_config
+    for name in ("use_cache", "cache_implementation"):
+        value = getattr(own, name, None)
+        if (name == "use_cache" and value is False) or (name != "use_cache" and value):
+            return f"{name}={value!r} in the model's own generation configuration"
+    if model.config.get_text_config().use_cache is False and own.use_cache is None:
+        return "use_cache=False in the model's configuration"
     return None
 
 

@@ -5,7 +5,6 @@ Knows which names an attachment sets on a model, and nothing of caches.
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -14,13 +13,13 @@ import torch
 from kvhybrid.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from transformers import PreTrainedModel
 
 ATTACHED: Final = "_kvhybrid_attachment"
 # What an attachment sets on the model object beside itself.
-WRAPPED: Final[tuple[str, ...]] = ("forward", "generate", "__deepcopy__")
+WRAPPED: Final[tuple[str, ...]] = ("forward", "generate", "__getstate__")
 # Marks a wrapper of ours.
 MARK: Final = "_is_kvhybrid_wrapper"
 # What a model must have to write text.
@@ -58,23 +57,41 @@ def has_compiled_parts(model: PreTrainedModel) -> bool:
     )
 
 
-def plain_copy(
-    model: PreTrainedModel, own: dict[str, Any], memo: dict[int, Any], implementation: str | None
-) -> PreTrainedModel:
-    """Deep-copy an attached model as it is without the attachment.
+def plain_state(model: PreTrainedModel, own: dict[str, Any], ours: Mapping[str, object]) -> dict[str, Any]:
+    """Return the attributes of an attached model without the attachment: what is copied and pickled.
 
-    ``own``: what the attachment replaced on the object. ``implementation``: the model's own attention
-    when ours is in place.
+    ``own``: what the attachment replaced on the object. ``ours``: what it put there.
     """
-    kind = type(model)
-    twin: PreTrainedModel = kind.__new__(kind)
-    memo[id(model)] = twin
-    ours = (*WRAPPED, ATTACHED)
-    state = {name: value for name, value in model.__dict__.items() if name not in ours} | own
-    twin.__dict__.update(copy.deepcopy(state, memo))
-    if implementation is not None:
-        twin.set_attn_implementation(implementation)
-    return twin
+    state = {name: value for name, value in vars(model).items() if name != ATTACHED}
+    for key, value in list(state.items()):
+        name = next((name for name, wrapper in ours.items() if wrapper is value), None)
+        if name is None:
+            continue
+        if key != name or name in own:  # others keep what they found, to put it back later
+            state[key] = own[name] if name in own else getattr(type(model), name).__get__(model)
+        else:
+            del state[key]
+    return state
+
+
+def leads_to(function: object, target: object, depth: int = 4) -> bool:
+    """Return whether a function calls ``target`` as far as can be seen: itself, or one that wraps it."""
+    if function is target:
+        return True
+    if depth == 0 or not callable(function):
+        return False
+    inner: list[object] = [
+        getattr(function, name, None)
+        for name in ("__wrapped__", "__func__", "func", "_torchdynamo_orig_callable")
+    ]
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            inner.append(cell.cell_contents)
+        except ValueError:
+            continue
+    inner += getattr(function, "__defaults__", None) or ()
+    inner += getattr(function, "args", ()) if isinstance(function, functools.partial) else ()
+    return any(each is not None and leads_to(each, target, depth - 1) for each in inner)
 
 
 def wrapper(own: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:

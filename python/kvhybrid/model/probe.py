@@ -19,7 +19,7 @@ from kvhybrid.cache.kv_cache import KVCache
 from kvhybrid.cache.measured import in_evaluation, input_device, measure_layers
 from kvhybrid.config import KVCacheConfig
 from kvhybrid.errors import CapacityError, LayoutError, UnsupportedError
-from kvhybrid.model.interface import own_implementation, switch_off, switch_on
+from kvhybrid.model.attention_name import StandIn
 from kvhybrid.model.layer_states import state_layers
 from kvhybrid.model.masks import obstacle_to_pages
 from kvhybrid.model.original import has_compiled_parts
@@ -174,16 +174,13 @@ def obstacle_to_paging(model: PreTrainedModel) -> str | None:
     """Return what keeps a model from attending over pages at any length of text, or None."""
     if has_compiled_parts(model):
         return "parts of it are compiled, and pages cannot be traced"
-    implementation = own_implementation(model)
+    implementation = str(model.config._attn_implementation)
     other = f"its attention implementation is {implementation!r}, the paged route replaces 'sdpa'"
     if implementation not in OURS:
         return other
-    switch_on(model)
-    try:
+    with StandIn(model).attending(reads_pages=False):
         # Eager code is asked for to see weights, which pages do not give, unless there is no other way.
         return obstacle_to_pages(model, other if implementation == EAGER else None)
-    finally:
-        switch_off(model)
 
 
 def _try(

@@ -19,8 +19,8 @@ from kvhybrid.cache.compress.selection import RECENT, SINKS, kept_tokens
 from kvhybrid.cache.measured import in_evaluation, input_device
 from kvhybrid.cache.memory import is_out_of_memory
 from kvhybrid.model.attention import PagedAttention
+from kvhybrid.model.attention_name import StandIn
 from kvhybrid.model.compression import Compression
-from kvhybrid.model.interface import switch_off, switch_on
 from kvhybrid.model.padding import vocab_size
 from kvhybrid.model.routes import MaterialisedReader, PagedReader, Route
 from kvhybrid.model.session_compression import compress
@@ -63,14 +63,8 @@ def obstacle_to_compression(
         return "layers keep a state, which stands for all tokens"
     if (window := _window(model)) is not None:
         return f"{window}: a window is counted in tokens, and some would be missing"
-    if route is Route.PAGED:
-        switch_on(model)
-    try:
-        with in_evaluation(model):
-            return _try(model, forward, layout, route)
-    finally:
-        if route is Route.PAGED:
-            switch_off(model)
+    with in_evaluation(model):
+        return _try(model, forward, layout, route)
 
 
 def _window(model: PreTrainedModel) -> str | None:
@@ -95,7 +89,8 @@ def _try(model: PreTrainedModel, forward: Callable[..., Any], layout: KVLayout, 
         expected = _logits(forward, takes, DynamicCache(config=model.config), ids, hidden=True)
         cache = trial_cache(model, layout, [total] * 3)
         session = _session(cache, route, vocab_size(model))
-        stepping = Stepping(forward, takes, nullcontext)
+        stand_in = StandIn(model) if route is Route.PAGED else None
+        stepping = Stepping(forward, takes, nullcontext, stand_in)
 
         def step(**call: Any) -> Any:
             return stepping.run(session, call)

@@ -16,7 +16,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvhybrid.model.attention import PagedAttention
-from kvhybrid.model.interface import reading_pages, switch_off, switch_on
+from kvhybrid.model.attention_name import StandIn
+from kvhybrid.model.interface import reading_pages
 from kvhybrid.model.routes import MaterialisedReader, PagedReader
 from kvhybrid.model.versions import columns_fed, over
 
@@ -59,9 +60,7 @@ class Runner:
         self._keeps_logits = "logits_to_keep" in parameters
         # Models that count positions themselves (BLOOM) count right when rows come one by one.
         self._takes_positions = "position_ids" in parameters or packing is Packing.RAGGED
-        self._is_open = True
-        if packing is Packing.RAGGED:
-            switch_on(model)
+        self._stand_in = StandIn(model) if packing is Packing.RAGGED else None
 
     @torch.inference_mode()
     def run(
@@ -101,7 +100,8 @@ class Runner:
         if self._takes_positions:
             options["position_ids"] = positions[None].to(tokens.device)
         reader.start(columns)
-        with self._watching(), reading_pages(reader.reads_pages):
+        attending = self._stand_in.attending() if self._stand_in is not None else reading_pages(False)
+        with self._watching(), attending:
             output = self.model(
                 input_ids=tokens[None],
                 **over(StepCache(step, reader, columns, gaps[0] if columns else 0)),
@@ -118,11 +118,8 @@ class Runner:
         self._mirrors.pop(key, None)
 
     def close(self) -> None:
-        """Give the model back as it was. Idempotent."""
+        """Drop what is kept beside the pages. Idempotent."""
         self._mirrors.clear()
-        if self._is_open and self.packing is Packing.RAGGED:
-            switch_off(self.model)
-        self._is_open = False
 
 
 class StepCache(Cache):

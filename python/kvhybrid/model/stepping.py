@@ -6,11 +6,11 @@ a grid or a state asks for it. Knows a model's ``forward``; not how anybody came
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from kvhybrid.errors import UnsupportedError
+from kvhybrid.errors import KVHybridError, UnsupportedError
 from kvhybrid.model.interface import reading_pages
 from kvhybrid.model.observed import observing
 from kvhybrid.model.padding import column_of, read_ids
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
 
+    from kvhybrid.model.attention_name import StandIn
     from kvhybrid.model.session_rows import SessionRows
     from kvhybrid.model.transformers_cache import PagedSession
+
+# Marks an error that came out of the model's own forward pass.
+_OF_MODEL: Final = "_kvhybrid_of_model"
 
 
 class Stepping:
     """Runs ``forward``, whose ``parameters`` are named, as plain code: pages cannot be traced.
 
-    ``watching`` is entered around every forward pass.
+    ``watching`` is entered around every forward pass, ``stand_in`` around those that read pages.
     """
 
     def __init__(
@@ -36,8 +40,10 @@ class Stepping:
         forward: Callable[..., Any],
         parameters: list[str],
         watching: Callable[[], AbstractContextManager[None]],
+        stand_in: StandIn | None,
     ) -> None:
         self._forward = forward
+        self._stand_in = stand_in
         self._parameters = parameters
         self._watching = watching
 
@@ -101,8 +107,8 @@ class Stepping:
         rows.begin(call["input_ids"], call.get("attention_mask"))
         try:
             self._place(rows, call)
-            with self._watching(), reading_pages(rows.reader.reads_pages), observing(rows.observed):
-                output = self._forward(**call)
+            with self._watching(), self._attending(rows), observing(rows.observed):
+                output = self._call(call)
         except BaseException as error:
             rows.finish(success=False)
             if type(error).__module__.startswith("torch._dynamo"):
@@ -113,6 +119,23 @@ class Stepping:
             raise
         rows.finish(success=True)
         return output
+
+    def _call(self, call: dict[str, Any]) -> Any:
+        try:
+            return self._forward(**call)
+        except Exception as error:
+            if not isinstance(error, KVHybridError):
+                vars(error)[_OF_MODEL] = True
+            raise
+
+    def came_from_the_model(self, error: Exception) -> bool:
+        """Return whether the model's own code raised an error, and not what stands between it and pages."""
+        return _OF_MODEL in vars(error)
+
+    def _attending(self, rows: SessionRows) -> AbstractContextManager[None]:
+        if self._stand_in is not None and rows.reader.reads_pages:
+            return self._stand_in.attending()
+        return reading_pages(False)
 
     def _place(self, rows: SessionRows, call: dict[str, Any]) -> None:
         """See to it that tokens stand where they are cached: at their place in the text, padding not counted.
