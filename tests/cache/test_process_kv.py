@@ -357,6 +357,14 @@ def test_names_that_are_no_text_are_refused(names):
     assert cache.get_stats()["sessions"] == 0
 
 
+@pytest.mark.parametrize("names", [{"session_id": "a\ud83d"}, {"tenant": "\udc00"}])
+def test_names_with_half_a_character_are_refused(names):
+    cache = make()
+    with pytest.raises(InvalidRequestError, match=r"position \d is half of a surrogate pair"):
+        cache.process_kv(*slice_of(3), **names)
+    assert cache.get_stats()["sessions"] == 0
+
+
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", [0, 1])
 def test_numbers_that_would_spoil_all_later_attention_are_refused(number, which):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from kvhybrid.engine.decoding.answers import ByToken, Windows
 from kvhybrid.engine.own_tokenizer import OwnTokenizer
@@ -167,6 +167,63 @@ def test_pieces_come_as_soon_as_they_are_certain():
     own = OWN["byte level", False]
     ids = own.tokenizer.convert_tokens_to_ids(["a", "Ã", "©", "ÿ", "a"])
     assert pieces_of(own, ids) == ["a", "", "é", "\ufffd", "a"]
+
+
+class InPython(PreTrainedTokenizer):
+    """A tokenizer in Python; ``join`` makes a text of tokens."""
+
+    def __init__(self, words, join, **options):
+        self.words, self.join = words, join
+        super().__init__(**options)
+        self.add_tokens(["<tool>"])
+        self.add_special_tokens({"additional_special_tokens": SPECIAL})
+
+    @property
+    def vocab_size(self):
+        return len(self.words)
+
+    def get_vocab(self):
+        return {word: i for i, word in enumerate(self.words)} | self.added_tokens_encoder
+
+    def _tokenize(self, text, **_):
+        return text.split()
+
+    def _convert_token_to_id(self, token):
+        return self.words.index(token) if token in self.words else None
+
+    def _convert_id_to_token(self, index):
+        return self.words[index]
+
+    def convert_tokens_to_string(self, tokens):
+        return self.join(tokens)
+
+
+JOINS = {
+    "spaces": " ".join,
+    "marks": lambda tokens: "".join(tokens).replace("▁", " ").removeprefix(" "),
+    "suffixes": lambda tokens: "".join(tokens).replace("</w>", " ").strip(),
+    "bytes": lambda tokens: b"".join(t.encode("latin-1", "ignore") for t in tokens).decode(
+        "utf-8", "replace"
+    ),
+}
+
+
+@pytest.mark.parametrize("cleans", [False, True])
+@pytest.mark.parametrize("kind", JOINS)
+def test_tokenizers_in_python_are_asked_for_a_few_tokens_at_a_time(kind, cleans):
+    words = [word for word in spread("{}", "▁{}", "{}</w>") if "\ufffd" not in word] + ["Ã", "©"]
+    own = OwnTokenizer(InPython(words, JOINS[kind], clean_up_tokenization_spaces=cleans))
+    assert isinstance(own.decoding(), Windows)
+    special = sorted(own.special_tokens)
+    assert len(special) == len(SPECIAL)
+
+    @given(st.lists(st.one_of(st.integers(0, len(own.tokenizer) - 1), st.sampled_from(special)), min_size=1))
+    @example([special[0]])
+    @example([special[0], 1, special[1], special[1], 2, 3, special[0]])
+    def check(ids):
+        assert "".join(pieces_of(own, ids)) == own.decode(ids)
+
+    check()
 
 
 class Shouting(PreTrainedTokenizerFast):

@@ -7,6 +7,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from families import VOCAB, make_model
 from tokenizers import NormalizedString, PreTokenizedString, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
@@ -239,8 +240,6 @@ async def test_an_engine_neither_sets_the_tokenizer_nor_heeds_what_it_is_set_to(
 
 
 async def test_embeddings_and_end_tokens_are_those_of_now(make_engine, own_words):
-    from families import VOCAB, make_model
-
     model = make_model("llama")
     async with make_engine(model) as engine:
         request = {"token_ids": [5, 6, VOCAB], "max_length": 2}
@@ -257,3 +256,17 @@ async def test_embeddings_and_end_tokens_are_those_of_now(make_engine, own_words
         model.generation_config.eos_token_id = [words[3], 0]
         answer = await engine.process_request({"token_ids": [5, 6, 7], "max_length": 8})
         assert (answer["token_ids"], answer["finish_reason"]) == (words[: words.index(words[3]) + 1], "stop")
+
+
+async def test_a_conversation_of_tokens_that_are_gone_is_refused(make_engine, tokenizer, balanced):
+    model = make_model("llama")
+    async with make_engine(model) as engine:
+        session = engine.session()
+        await session.send("hello", max_length=2)
+        before = session.tokens()
+        model.resize_token_embeddings(20)
+        with pytest.raises(InvalidRequestError, match=r"outside the vocabulary \[0, 20\)"):
+            await session.send("and?", max_length=2)
+        assert (session.num_turns, session.tokens()) == (1, before)
+        assert (await engine.process_request({"token_ids": [5], "max_length": 2}))["completion_tokens"] == 2
+        balanced(engine)

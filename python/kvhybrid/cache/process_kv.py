@@ -280,3 +280,9 @@ def check_name(name: tuple[str, str]) -> None:
     for field, part in zip(("tenant", "session_id"), name, strict=True):
         if not isinstance(part, str):
             raise InvalidRequestError(f"{field}={part!r}: must be text")
+        try:
+            part.encode()  # names are written down: in exports, logs and statistics
+        except UnicodeEncodeError as error:
+            raise InvalidRequestError(
+                f"{field}={part!a}: position {error.start} is half of a surrogate pair, no character"
+            ) from None

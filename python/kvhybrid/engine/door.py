@@ -155,6 +155,11 @@ class Door:
             raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
         return self._tokenizers.look().render(messages)
 
+    def check(self, tokens: TokenBuffer) -> None:
+        """Raise ``InvalidRequestError`` unless the model has embeddings for all of these tokens now."""
+        if len(tokens):
+            check_ids(np.frombuffer(tokens.tobytes(), np.uint32), self.vocab_size)
+
     def read(self, token_ids: Any) -> npt.NDArray[np.uint32]:
         """Return ``token_ids`` as an array.
 

@@ -142,6 +142,7 @@ class Session(RetainedConversation):
     def _prepare(self, request: Request) -> Prompt:
         """Return the conversation with the new turn behind it. Runs in the door's thread."""
         door = self._intake.door
+        door.check(self._tokens)  # of its own time; embeddings may be fewer now
         tokens, rendered = TokenBuffer(self._tokens), None
         if request.messages is None:
             assert request.text is not None
