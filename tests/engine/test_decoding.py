@@ -1,5 +1,7 @@
 """Under every decoder of the tokenizers library, pieces joined are what the tokenizer makes of all tokens."""
 
+import itertools
+
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -220,6 +222,35 @@ def test_tokenizers_in_python_are_asked_for_a_few_tokens_at_a_time(kind, cleans)
     @given(st.lists(st.one_of(st.integers(0, len(own.tokenizer) - 1), st.sampled_from(special)), min_size=1))
     @example([special[0]])
     @example([special[0], 1, special[1], special[1], 2, 3, special[0]])
+    def check(ids):
+        assert "".join(pieces_of(own, ids)) == own.decode(ids)
+
+    check()
+
+
+class Splitting(InPython):
+    """One that decodes what lies between special tokens apart, so that half a character stays one."""
+
+    def _decode(self, token_ids, skip_special_tokens=False, **_):
+        special = set(self.all_special_ids)
+        runs = itertools.groupby(token_ids, special.__contains__)
+        texts = [
+            self.join(self.convert_ids_to_tokens(list(run))) for is_special, run in runs if not is_special
+        ]
+        return "".join(texts)
+
+    @property
+    def added_tokens_decoder(self):
+        raise NotImplementedError("nothing can be added")
+
+
+def test_a_special_token_counts_where_a_tokenizer_decodes_what_is_around_it_apart():
+    own = OwnTokenizer(Splitting(["a", "é", "Ã", "©", "Ã©"], JOINS["bytes"]))
+    special = own.tokenizer.all_special_ids
+    assert list(own.special_tokens) == sorted(special)
+
+    @given(st.lists(st.one_of(st.integers(0, 4), st.sampled_from(special)), min_size=1, max_size=12))
+    @example([2, special[0], 3])
     def check(ids):
         assert "".join(pieces_of(own, ids)) == own.decode(ids)
 

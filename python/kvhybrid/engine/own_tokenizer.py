@@ -15,7 +15,7 @@ from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import BPE
 
 from kvhybrid.engine.decoding.answers import ByToken, Windows
@@ -49,7 +49,7 @@ class Tokenizers:
     def __init__(self, given: PreTrainedTokenizerBase) -> None:
         self._given = given
         self._lock = Lock()
-        self._with_added = len(given.added_tokens_decoder) <= MOST_COMPARED
+        self._with_added = len(_added_tokens(given)) <= MOST_COMPARED
         self._state = _state(given, with_added=self._with_added)
         self.last = OwnTokenizer(given)
         """The copy of the last look."""
@@ -148,11 +148,15 @@ class OwnTokenizer:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def decoding(self) -> Decoding:
-        """Return what decodes one answer id by id; special tokens must be left out."""
+        """Return what decodes one answer id by id, special tokens left out."""
         backend = _backend(self.tokenizer)
         if self._steps is not None and backend is not None:
-            return ByToken(backend.id_to_token, self._steps.copy())
+            return self._by_token(backend, self._steps)
         return Windows(self._text, Steps(clean_up_steps() if self._cleans_up else []))
+
+    def _by_token(self, backend: Tokenizer, steps: Steps) -> ByToken:
+        special = self.special_tokens
+        return ByToken(lambda i: None if i in special else backend.id_to_token(i), steps.copy())
 
     def _text(self, ids: Sequence[int]) -> str:
         """Return what the tokenizer makes of ``ids`` before anything is cleaned up that we clean up."""
@@ -186,8 +190,8 @@ class OwnTokenizer:
             if not _is_panic(error):
                 raise
             return True  # the library fails on some tokens that its steps can take
-        own = ByToken(backend.id_to_token, steps.copy())
-        return "".join([own.push(i) for i in ids if i not in self.special_tokens]) + own.end() == expected
+        own = self._by_token(backend, steps)
+        return "".join(map(own.push, ids)) + own.end() == expected
 
     @contextmanager
     def _uncut(self) -> Iterator[None]:
@@ -221,7 +225,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Return what decoding leaves out with ``skip_special_tokens``."""
     if _backend(tokenizer) is None:
         return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {i: token.content for i, token in _added_tokens(tokenizer).items() if token.special}
+
+
+def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
+    found: object = getattr(tokenizer, "added_tokens_decoder", None)
+    return dict(found) if isinstance(found, Mapping) else {}  # some tokenizers take none
 
 
 def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -293,7 +302,7 @@ def _state(given: PreTrainedTokenizerBase, *, with_added: bool) -> tuple[Any, ..
     if (backend := _backend(given)) is not None:
         found.append(_written(backend.post_processor))
     if with_added:
-        found.append(given.added_tokens_decoder)
+        found.append(_added_tokens(given))
     return tuple(found)
 
 

@@ -54,12 +54,12 @@ class Detokenizer:
         self._num_tokens += 1
         if (decoding := self._decoding) is None:
             return ""
-        special = self._specials.get(token)
-        text = decoding.push(token) if special is None else ""
+        text = decoding.push(token)
         if last:
             text += decoding.end()
         if self._search is None:
             return text
+        special = self._specials.get(token)
         waiting = "" if last else decoding.peek()
         shown = self._search.push(text, special, waiting=waiting)
         return shown + self._search.end() if last and not self._search.stopped else shown

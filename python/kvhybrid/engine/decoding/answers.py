@@ -1,6 +1,6 @@
 """Decoding one answer id by id: with the steps of a decoder, or, where those are not known, by windows.
 
-Knows ids and what makes a token or a text of them; nothing of special tokens, which are left out before.
+Knows ids and what makes a token or a text of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Decoding(Protocol):
 
 
 class ByToken:
-    """Decodes token by token; ``token_of`` returns the token of an id, None for an id that has none."""
+    """Decodes token by token; ``token_of`` returns the token of an id, None for one that has no text."""
 
     def __init__(self, token_of: Callable[[int], str | None], steps: Steps) -> None:
         self._token_of = token_of
@@ -59,34 +59,43 @@ class Windows:
         self._decode = decode
         self._steps = steps
         self._ids: list[int] = []
-        self._start = 0  # decoding begins here: some tokens of context, for tokenizers that join words
-        self._read = 0  # tokens before this one are decoded
-        self._context = ""  # the text of tokens `_start` to `_read`
+        self._context: list[int] = []  # the last tokens that had a text: some tokenizers join words
+        self._silent: list[int] = []  # the last token behind them, if it had none
+        self._waiting: list[int] = []  # what is not decoded yet
+        self._before = ""  # the text of the context
         self._given: list[str] = []
 
     def push(self, token: int) -> str:
         self._ids.append(token)
-        whole = self._decode(self._ids[self._start :])
-        waiting = len(self._ids) - self._read
-        if waiting < MAX_UNFINISHED and (whole.endswith(NO_TEXT) or not whole.startswith(self._context)):
+        self._waiting.append(token)
+        whole = self._whole()
+        if len(self._waiting) < MAX_UNFINISHED and whole != self._before and not self._is_finished(whole):
             return ""
-        added = whole[len(self._context) :]
-        self._start, self._read = self._read, len(self._ids)
-        self._context = self._decode(self._ids[self._start : self._read])
+        waiting, self._waiting = self._waiting, []
+        added = whole[len(self._before) :]
+        if not added:
+            self._silent = waiting[-1:]
+            return ""
+        self._context, self._silent = waiting, []
+        self._before = self._decode(waiting)
         self._given.append(added)
         return self._steps.push(added)
 
     def end(self) -> str:
         given = "".join(self._given)
         whole = self._decode(self._ids) if self._ids else ""
-        rest = whole[len(given) :] if whole.startswith(given) else self._waiting()
+        rest = whole[len(given) :] if whole.startswith(given) else self._rest()
         return self._steps.push(rest) + self._steps.end()
 
     def peek(self) -> str:
         steps = self._steps.copy()
-        return steps.push(self._waiting()) + steps.end()
+        return steps.push(self._rest()) + steps.end()
 
-    def _waiting(self) -> str:
-        if self._read == len(self._ids):
-            return ""
-        return self._decode(self._ids[self._start :])[len(self._context) :]
+    def _whole(self) -> str:
+        return self._decode([*self._context, *self._silent, *self._waiting])
+
+    def _rest(self) -> str:
+        return self._whole()[len(self._before) :] if self._waiting else ""
+
+    def _is_finished(self, whole: str) -> bool:
+        return whole.startswith(self._before) and not whole.endswith(NO_TEXT)
