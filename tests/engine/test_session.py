@@ -3,6 +3,8 @@
 import anyio
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from kvhybrid import CapacityError, InvalidRequestError
 
@@ -142,3 +144,60 @@ async def test_sessions_of_different_tenants_never_mix(make_engine):
         assert engine.session("same", tenant="you").num_turns == 1
         with pytest.raises(InvalidRequestError, match="session_id=''"):
             engine.session("")
+
+
+def marked(prepend):
+    """A tokenizer that marks where words begin, and byte tokens for what it does not know."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, "<0x0A>", *"▁abcdefhilmnoprtuxy?:.0"])}
+    raw = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prepend, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    raw.decoder = decoders.Sequence(steps)
+    fast = PreTrainedTokenizerFast(tokenizer_object=raw)
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return fast
+
+
+SPECIAL = ["<|pad|>", "<|end|>"]
+PLAIN = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '\nu: ' + m.content + '\na: ' }}"
+    "{% else %}{{ m.content + '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("prepend", ["first", "always", "never"])
+async def test_text_that_goes_on_begins_no_word(make_engine, prepend):
+    given = marked(prepend)
+    async with make_engine(tokenizer=given) as engine:
+        session = engine.session()
+        first = await session.send("once upon", max_length=4)
+        before = held(session)
+        second = await session.send(" a time", max_length=4)
+        added = held(session)[len(before) : second["prompt_tokens"]]
+        assert given.convert_ids_to_tokens(added) == [*"▁a▁time"]
+        assert first["prompt_tokens"] == len(given("once upon")["input_ids"])
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("prepend", ["first", "always", "never"])
+async def test_what_a_template_adds_is_tokenised_as_in_the_whole_chat(
+    make_engine, llama, monkeypatch, prepend, ended
+):
+    given = marked(prepend)
+    given.chat_template = PLAIN
+    end = given.convert_tokens_to_ids("<|end|>")
+    async with make_engine(tokenizer=given) as engine:
+        session = engine.session()
+        first = await session.send("hello", max_length=4)
+        if ended:
+            monkeypatch.setattr(llama.generation_config, "eos_token_id", first["token_ids"][-1])
+            monkeypatch.setattr(engine._door, "end_text", lambda token: "<|end|>")
+            engine.drop_session()
+            session = engine.session()
+            assert (await session.send("hello", max_length=4))["finish_reason"] == "stop"
+        before = held(session)
+        second = await session.send("and?", max_length=4)
+        added = held(session)[len(before) : second["prompt_tokens"]]
+    whole = given("\nu: hello\na: x<|end|>\nu: and?\na: ", add_special_tokens=False)["input_ids"]
+    tail = whole[whole.index(end) + ended :]
+    assert added == tail

@@ -139,11 +139,15 @@ class Door:
         room = min(limit for limit in (self.capacity, self.context) if limit) - len(tokens)
         return Prompt(tokens, min(DEFAULT_MAX_LENGTH, room), text)
 
-    def encode(self, text: str, *, special: bool) -> npt.NDArray[np.uint32]:
-        """Return the text's tokens; ``special``: with what the tokenizer puts around a text."""
+    def encode(self, text: str, *, special: bool, behind: str | None = None) -> npt.NDArray[np.uint32]:
+        """Return the text's tokens; ``special``: with what the tokenizer puts around a text.
+
+        ``behind``: the text goes on behind another, and this is how that ends, if anything is known of it.
+        """
         if self._tokenizers is None:
             raise InvalidRequestError("text needs a tokenizer, the engine has none: pass token_ids")
-        ids = self._tokenizers.look().encode(text, special=special)
+        own = self._tokenizers.look()
+        ids = own.encode(text, special=special) if behind is None else own.encode_behind(behind, text)
         return self.read(ids) if ids else np.empty(0, np.uint32)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> str:

@@ -41,6 +41,8 @@ NOT_OURS: Final = frozenset({"padding_side", "truncation_side", "model_max_lengt
 MOST_COMPARED: Final = 512
 # So many tokens of a vocabulary are decoded to see whether a decoder is what its name says.
 SAMPLE: Final = 512
+# What a text may stand behind without becoming one token with it: one of these will do.
+ANCHORS: Final = ("x", ".", "0", "\n")
 
 
 class Tokenizers:
@@ -131,6 +133,17 @@ class OwnTokenizer:
         except Exception as error:  # a template is a program of the model's author: anything may come
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
         return str(text)
+
+    def encode_behind(self, before: str, text: str) -> list[int]:
+        """Return the tokens of a text that goes on behind another, which ends in ``before`` or in anything.
+
+        Many tokenizers mark the beginning of a text as that of a word, which is wrong in the middle of one.
+        """
+        for anchor in (*filter(None, [before]), *ANCHORS):
+            known, found = (self.encode(whole, special=False) for whole in (anchor, anchor + text))
+            if found[: len(known)] == known:
+                return found[len(known) :]
+        return self.encode(text, special=False)
 
     @cached_property
     def obstacle_to_appending(self) -> str | None:

@@ -144,12 +144,14 @@ class Session(RetainedConversation):
         door = self._intake.door
         door.check(self._tokens)  # of its own time; embeddings may be fewer now
         tokens, rendered = TokenBuffer(self._tokens), None
+        is_first = self.num_turns == 0
         if request.messages is None:
             assert request.text is not None
-            added = door.encode(request.text, special=self.num_turns == 0)
+            added = door.encode(request.text, special=is_first, behind=None if is_first else "")
         else:
             rendered = door.render([*self._messages, *request.messages])
-            added = door.encode(self._what_is_new(rendered, request.messages), special=False)
+            text = self._what_is_new(rendered, request.messages)
+            added = door.encode(text, special=False, behind=None if is_first else self._end_text)
         tokens.append(added)
         self._asked = tokens
         return replace(door.fit(tokens, request, rendered), held=self._held, own_from=self._retention.start)
