@@ -228,6 +228,24 @@ def test_tokenizers_in_python_are_asked_for_a_few_tokens_at_a_time(kind, cleans)
     check()
 
 
+def test_ids_that_a_tokenizer_in_python_does_not_know_have_no_text():
+    own = OwnTokenizer(InPython(["a", "b"], " ".join))
+    unknown = len(own.tokenizer) + 5
+    with pytest.raises(IndexError):
+        own.decode([unknown])
+    assert pieces_of(own, [0, unknown, unknown, 1, unknown]) == ["a", "", "", " b", ""]
+
+
+def test_cleaning_up_that_transformers_leaves_out_is_left_out_in_silence(caplog):
+    vocabulary = {token: i for i, token in enumerate(["a", " ", "."])}
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.decoder = decoders.Fuse()
+    own = OwnTokenizer(PreTrainedTokenizerFast(tokenizer_object=raw, clean_up_tokenization_spaces=True))
+    pieces = pieces_of(own, [0, 1, 2])
+    assert not caplog.records
+    assert "".join(pieces) == own.decode([0, 1, 2])
+
+
 class Splitting(InPython):
     """One that decodes what lies between special tokens apart, so that half a character stays one."""
 

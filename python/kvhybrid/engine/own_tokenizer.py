@@ -7,36 +7,41 @@ never called or changed. Knows no requests.
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
-
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import BPE
 
 from kvhybrid.engine.decoding.answers import ByToken, Windows
 from kvhybrid.engine.decoding.steps import Steps
 from kvhybrid.engine.decoding.written import clean_up_steps, steps_of
 from kvhybrid.engine.messages import without_none
 from kvhybrid.engine.template import drops_reasoning, obstacle_to_appending
+from kvhybrid.engine.tokenizer_parts import (
+    CLEANING,
+    added_tokens_of,
+    backend_of,
+    cleans_up,
+    copied,
+    has_usual,
+    is_panic,
+    special_tokens_of,
+    state_of,
+)
 from kvhybrid.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
     from kvhybrid.engine.decoding.answers import Decoding
 
 __all__ = ["OwnTokenizer", "Tokenizers"]
 
-# What a call sets on a tokenizer, or only speaks of cutting and padding, which are off in ours.
-NOT_OURS: Final = frozenset({"padding_side", "truncation_side", "model_max_length", "verbose"})
 # Of more than so many, reading them all takes milliseconds a request.
 MOST_COMPARED: Final = 512
 # So many tokens of a vocabulary are decoded to see whether a decoder is what its name says.
@@ -51,8 +56,8 @@ class Tokenizers:
     def __init__(self, given: PreTrainedTokenizerBase) -> None:
         self._given = given
         self._lock = Lock()
-        self._with_added = len(_added_tokens(given)) <= MOST_COMPARED
-        self._state = _state(given, with_added=self._with_added)
+        self._with_added = len(added_tokens_of(given)) <= MOST_COMPARED
+        self._state = state_of(given, with_added=self._with_added)
         self.last = OwnTokenizer(given)
         """The copy of the last look."""
 
@@ -65,7 +70,7 @@ class Tokenizers:
         decoder put in the place of another: these need another engine.
         """
         with self._lock:
-            if (state := _state(self._given, with_added=self._with_added)) != self._state:
+            if (state := state_of(self._given, with_added=self._with_added)) != self._state:
                 self._state, self.last = state, OwnTokenizer(self._given)
             return self.last
 
@@ -83,19 +88,19 @@ class OwnTokenizer:
     """
 
     def __init__(self, given: PreTrainedTokenizerBase) -> None:
-        own = _copied(given)
+        own = copied(given)
         self.tokenizer: PreTrainedTokenizerBase = given if own is None else own
         self.is_copy = own is not None
-        backend = _backend(self.tokenizer)
+        backend = backend_of(self.tokenizer)
         if backend is not None and self.is_copy:
             backend.no_truncation()
             backend.no_padding()
             self._turn: AbstractContextManager[Any] = nullcontext()
         else:
             self._turn = Lock()
-        self.special_tokens = _special_tokens(self.tokenizer)
+        self.special_tokens = special_tokens_of(self.tokenizer)
         """How the tokens are spelled that no text shows, by their ids."""
-        self._cleans_up = _cleans_up(self.tokenizer)
+        self._cleans_up = cleans_up(self.tokenizer)
         self._steps = self._known_steps()
 
     def encode(self, text: str, *, special: bool) -> list[int]:
@@ -109,7 +114,7 @@ class OwnTokenizer:
                     text, add_special_tokens=special, truncation=False, padding=False, verbose=False
                 )["input_ids"]
         except BaseException as error:  # a tokenizer may be anybody's program: anything may come
-            if not isinstance(error, Exception) and not _is_panic(error):
+            if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise InvalidRequestError(
                 f"the tokenizer cannot read this text: {type(error).__name__}: {error}"
@@ -162,7 +167,7 @@ class OwnTokenizer:
 
     def decoding(self) -> Decoding:
         """Return what decodes one answer id by id, special tokens left out."""
-        backend = _backend(self.tokenizer)
+        backend = backend_of(self.tokenizer)
         if self._steps is not None and backend is not None:
             return self._by_token(backend, self._steps)
         return Windows(self._text, Steps(clean_up_steps() if self._cleans_up else []))
@@ -172,35 +177,48 @@ class OwnTokenizer:
         return ByToken(lambda i: None if i in special else backend.id_to_token(i), steps.copy())
 
     def _text(self, ids: Sequence[int]) -> str:
-        """Return what the tokenizer makes of ``ids`` before anything is cleaned up that we clean up."""
-        options = {"clean_up_tokenization_spaces": False} if self._cleans_up else {}
+        """Return what the tokenizer makes of ``ids``, before anything is cleaned up that we clean up."""
+        try:
+            return self._decoded(ids)
+        except Exception:  # noqa: BLE001  # a model may say numbers that a tokenizer does not know
+            return self._decoded([i for i in ids if self._has_text(i)])
+
+    def _has_text(self, token: int) -> bool:
+        try:
+            self._decoded([token])
+        except Exception:  # noqa: BLE001  # as above
+            return False
+        return True
+
+    def _decoded(self, ids: Sequence[int]) -> str:
+        options = {"clean_up_tokenization_spaces": False} if has_usual(self.tokenizer, CLEANING) else {}
         with self._turn:
             return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, **options))
 
     def _known_steps(self) -> Steps | None:
         """Return the steps of the decoder, if they are known and do what it does."""
-        backend = _backend(self.tokenizer)
-        if backend is None or not _has_usual(self.tokenizer, "decode", "_decode"):
+        backend = backend_of(self.tokenizer)
+        if backend is None or not has_usual(self.tokenizer, "decode", "_decode"):
             return None
         try:
             written = None if backend.decoder is None else json.loads(backend.decoder.__getstate__())
             steps = steps_of(written)
         except Exception:  # noqa: BLE001  # a decoder in Python cannot be written down
             return None
-        if steps is not None and self._cleans_up:
-            steps = steps.behind(clean_up_steps())
-        return steps if steps is not None and self._agrees(backend, steps) else None
+        if steps is None or not self._agrees(backend, steps):
+            return None
+        return steps.behind(clean_up_steps()) if self._cleans_up else steps
 
     def _agrees(self, backend: Tokenizer, steps: Steps) -> bool:
         """Return whether ``steps`` say what the tokenizer says of some tokens of the whole vocabulary."""
         size = max(len(self.tokenizer), 1)
         ids = [token * 7919 % size for token in range(0, size, -(-size // SAMPLE))]
         try:
-            expected = self.decode(ids)
+            expected = self._decoded(ids)
         except Exception:  # noqa: BLE001  # whoever cannot decode these is asked about fewer at a time
             return False
         except BaseException as error:
-            if not _is_panic(error):
+            if not is_panic(error):
                 raise
             return True  # the library fails on some tokens that its steps can take
         own = self._by_token(backend, steps)
@@ -209,7 +227,7 @@ class OwnTokenizer:
     @contextmanager
     def _uncut(self) -> Iterator[None]:
         """Put back what the caller had set, where the tokenizer is the caller's own."""
-        backend = None if self.is_copy else _backend(self.tokenizer)
+        backend = None if self.is_copy else backend_of(self.tokenizer)
         if backend is None:
             yield
             return
@@ -221,107 +239,3 @@ class OwnTokenizer:
                 backend.enable_truncation(**truncation)
             if padding is not None:
                 backend.enable_padding(**padding)
-
-
-def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """Return the native part of a fast tokenizer; None where there is none."""
-    found = getattr(tokenizer, "_tokenizer", None)
-    return found if isinstance(found, Tokenizer) else None
-
-
-def _is_panic(error: BaseException) -> bool:
-    """Return whether a native library has failed; its own kind of error is not an ``Exception``."""
-    return type(error).__name__ == "PanicException"
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """Return what decoding leaves out with ``skip_special_tokens``."""
-    if _backend(tokenizer) is None:
-        return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    return {i: token.content for i, token in _added_tokens(tokenizer).items() if token.special}
-
-
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, AddedToken]:
-    found: object = getattr(tokenizer, "added_tokens_decoder", None)
-    return dict(found) if isinstance(found, Mapping) else {}  # some tokenizers take none
-
-
-def _cleans_up(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a decoded text is cleaned up, and in the usual way."""
-    if not tokenizer.clean_up_tokenization_spaces or not _has_usual(tokenizer, "clean_up_tokenization"):
-        return False
-    # Newer versions of transformers do not do it to BPE, unless asked twice.
-    forced = getattr(
-        tokenizer, "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output", True
-    )
-    backend = _backend(tokenizer)
-    return bool(forced) or backend is None or not isinstance(backend.model, BPE)
-
-
-def _has_usual(tokenizer: PreTrainedTokenizerBase, *names: str) -> bool:
-    """Return whether methods are those of transformers' own base classes."""
-    return all(
-        name not in vars(tokenizer)
-        and getattr(type(tokenizer), name).__module__.startswith("transformers.tokenization_")
-        for name in names
-    )
-
-
-def _copied(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase | None:
-    """Return a copy that shares nothing that a call changes; None when there is none to be had."""
-    backend = _backend(given)
-    try:
-        own = copy.deepcopy(given)
-    except Exception:  # noqa: BLE001  # whatever stands in the way of a copy, the next way is tried
-        own = given
-    if own is not given and (backend is None or _backend(own) is not backend):
-        return own
-    if backend is None or (rebuilt := _rebuilt(backend)) is None:
-        return None
-    try:
-        own = copy.copy(given)
-        own._tokenizer = rebuilt  # noqa: SLF001  # no public way to replace it
-    except Exception:  # noqa: BLE001  # as above
-        return None
-    return own if own is not given else None
-
-
-def _rebuilt(backend: Tokenizer) -> Tokenizer | None:
-    """Return a tokenizer of the same parts, for those with parts in Python, which cannot be copied."""
-    own = Tokenizer(backend.model)
-    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (part := getattr(backend, name)) is not None:
-            setattr(own, name, part)
-    own.encode_special_tokens = backend.encode_special_tokens
-    added = backend.get_added_tokens_decoder()
-    own.add_tokens([added[number] for number in sorted(added)])
-    return own if own.get_added_tokens_decoder() == added else None
-
-
-def _state(given: PreTrainedTokenizerBase, *, with_added: bool) -> tuple[Any, ...]:
-    """Return what decides how texts become tokens, cheaply; equal as long as nothing was changed."""
-    plain = {
-        name: value
-        for name, value in vars(given).items()
-        if name not in NOT_OURS and (value is None or isinstance(value, str | int | float))
-    }
-    template = given.chat_template
-    found: list[Any] = [
-        len(given),
-        repr(given.special_tokens_map),
-        dict(template) if isinstance(template, Mapping) else template,
-        plain,
-    ]
-    if (backend := _backend(given)) is not None:
-        found.append(_written(backend.post_processor))
-    if with_added:
-        found.append(_added_tokens(given))
-    return tuple(found)
-
-
-def _written(part: Any) -> object:
-    """Return a part of a native tokenizer in a form that compares by content."""
-    try:
-        return None if part is None else part.__getstate__()
-    except Exception:  # noqa: BLE001  # a part in Python: which one it is must do
-        return type(part)
