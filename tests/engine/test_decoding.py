@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+from families import VOCAB
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -315,3 +316,18 @@ def test_windows_are_short():
     assert "".join(windows.push(ord("a")) for _ in range(500)) == "a" * 500
     assert longest == 2
     assert windows.end() == ""
+
+
+@pytest.mark.parametrize("kind", ["byte level", "as Llama's", "WordPiece", "suffixes", "none"])
+async def test_an_engine_streams_what_the_tokenizer_makes_of_all_its_tokens(make_engine, kind):
+    decoder, words = KINDS[kind]
+    given = tokenizer_of(decoder, words[: VOCAB - 8])
+    assert len(given) <= VOCAB
+    async with make_engine(tokenizer=given) as engine:
+        for seed in range(4):
+            request = {"token_ids": [5, 6, 7], "max_length": 40, "temperature": 4.0, "seed": seed}
+            answer = await engine.process_request(request)
+            pieces = [piece async for piece in engine.stream(request)]
+            assert [piece.token_id for piece in pieces] == answer["token_ids"]
+            expected = given.decode(answer["token_ids"], skip_special_tokens=True)
+            assert "".join(pieces) == answer["text"] == expected
