@@ -13,7 +13,6 @@ __all__ = ["check_text", "copied", "without_none"]
 
 # Half of a character of UTF-16. Python's strings may hold them (`json.loads` and file names bring them
 # along), but no text does: they cannot be encoded, so neither tokenized nor written down.
-SURROGATE: Final = re.compile("[\ud800-\udfff]")
 PAIR: Final = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 # Deeper than any chat: what contains itself ends here, too.
 MAX_DEPTH: Final = 64
@@ -25,10 +24,14 @@ def check_text(text: str, where: str) -> None:
     A pair of surrogates is refused as a single one is: it is a character that was decoded in halves, and
     putting it together would be a guess at what was meant.
     """
-    found = SURROGATE.search(text)
-    if found is None:
+    if text.isascii():
         return
-    at = found.start()
+    try:
+        text.encode()  # the quickest way to look at a long text
+    except UnicodeEncodeError as error:
+        at = error.start
+    else:
+        return
     if PAIR.match(text, at):
         what = (
             f"{text[at : at + 2]!a} is one character decoded in two halves: "
