@@ -96,10 +96,65 @@ async def test_messages_of_every_shape_are_rendered_or_refused(make_engine, toke
             == "<|assistant|>f"
         )
         assert render([user(5)]) == "<|user|>5"
-        assert "'text': 'a'" in render([user([{"type": "text", "text": "a"}])])
+        assert render([user([{"type": "text", "text": "a"}, "b"])]) == "<|user|>a\nb"
         assert render([user("")]) == render([{"role": "user"}]) == "<|user|>"
         with pytest.raises(InvalidRequestError, match="the chat template refuses"):
             render([user("a", tool_calls=5)])
+
+
+CONCATENATING = "{% for m in messages %}{{ '<' + m.role + '>' + m.content }}{% endfor %}"
+PRINTING = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+IN_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for c in m.content %}{% if c.type == 'image' %}[image]"
+    "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{{ c.text }};{% endfor %}{% endif %}{% endfor %}"
+)
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+IMAGE = [{"type": "text", "text": "a"}, {"type": "image", "url": "x"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "parts", "image"),
+    [
+        (CONCATENATING, "<user>a\nb", None),
+        (PRINTING, "<user>a\nb", None),
+        (IN_PARTS, "<user>ab", "<user>a[image]"),
+        (EITHER, "<user>a;b;", "<user>a;;"),
+    ],
+)
+async def test_content_has_the_shape_that_the_template_takes(
+    make_engine, tokenizer, monkeypatch, template, parts, image
+):
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    async with make_engine() as engine:
+        render = engine._door.render
+        assert render([user("a b")]) == "<user>a b"
+        assert render([user(PARTS)]) == parts
+        if image is not None:
+            assert render([user(IMAGE)]) == image
+            return
+        with pytest.raises(
+            InvalidRequestError, match=r"messages\[1\]\.content\[1\]: .* text alone, .*'image'"
+        ):
+            await engine.process_request({"messages": [user("a"), user(IMAGE)]})
+        with pytest.raises(InvalidRequestError, match=r"content\[0\]: .* text alone, this is 'int'"):
+            render([user([5])])
+
+
+async def test_a_session_speaks_in_parts_to_a_template_that_takes_no_strings(
+    make_engine, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(
+        tokenizer, "chat_template", IN_PARTS + "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    async with make_engine() as engine:
+        session = engine.session()
+        first = await session.send("hello", max_length=2)
+        second = await session.send([user(PARTS)], max_length=2)
+        assert second["cached_tokens"] == first["prompt_tokens"] + 1
 
 
 def test_what_contains_itself_is_refused():

@@ -13,6 +13,7 @@ from functools import cached_property
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final
 
+from kvhybrid.engine.content import Shapes, shapes_of
 from kvhybrid.engine.decoding.answers import ByToken, Windows
 from kvhybrid.engine.decoding.steps import Steps
 from kvhybrid.engine.decoding.written import clean_up_steps, steps_of
@@ -128,12 +129,19 @@ class OwnTokenizer:
         """
         if not self.tokenizer.chat_template:
             raise InvalidRequestError("messages need a tokenizer with a chat template: pass text")
+        shapes = self._shapes
+        fitting = [shapes.fit(without_none(m), f"messages[{i}]") for i, m in enumerate(messages)]
+        return self._rendered(fitting)
+
+    @cached_property
+    def _shapes(self) -> Shapes:
+        return shapes_of(self._rendered)
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
         try:
             with self._turn:
                 text = self.tokenizer.apply_chat_template(
-                    [without_none(message) for message in messages],
-                    tokenize=False,
-                    add_generation_prompt=True,
+                    list(messages), tokenize=False, add_generation_prompt=True
                 )
         except Exception as error:  # a template is a program of the model's author: anything may come
             raise InvalidRequestError(f"the chat template refuses these messages: {error}") from error
