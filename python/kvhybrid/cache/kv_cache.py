@@ -230,11 +230,10 @@ class KVCache(SaidOfTexts):
         for session in sessions:
             session.close()
 
-    def get_stats(self) -> dict[str, Any]:
-        """Return counters, JSON-ready, at a cost that does not depend on the pool's size.
+    def get_stats(self) -> dict[str, int | float]:
+        """Return flat counters, JSON-ready, at a cost that does not depend on the pool's size.
 
-        All but one are numbers: ``passed_by`` has the calls of attached models that ran without the cache, by
-        reason; ``passed_by_calls`` is their sum.
+        ``passed_by_calls`` of attached models ran without the cache, ``passed_by[reason]`` says why.
 
         ``hit_rate``: cached share of all prompt tokens asked for; ``memory_usage``: share of the bytes
         in use; ``*_tokens``, ``*_pages``, ``*_bytes`` as their names say; ``full_*``, ``quantized_*``,
@@ -272,7 +271,7 @@ class KVCache(SaidOfTexts):
             "gc_failures": self._collector.failures if self._collector else 0,
             "cleared_pages": self._cleared_pages,
             "passed_by_calls": self.passed_by.total(),
-            "passed_by": dict(self.passed_by),
+            **{f"passed_by[{reason}]": count for reason, count in self.passed_by.items()},
             # There is no slower tier to bring pages up from yet: every wish for it comes to nothing.
             "skipped_prefetches": counters["opens"] if self.config.enable_prefetch else 0,
             **counters,

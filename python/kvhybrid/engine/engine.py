@@ -1,16 +1,18 @@
 """``KVEngine``: requests in, answers out, many at once, over one model and one cache.
 
-The async front of the package. Owns the background task of its lane and everything that it started:
-nothing outlives ``async with``.
+The async front of the package. Owns its lane's thread and everything that it started: nothing outlives
+``async with``, which may be entered in one task and left in another of the same event loop.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import anyio
+import anyio.to_thread
 
 from kvhybrid.cache.compress.scorers import NEED_QUERIES
 from kvhybrid.cache.kv_cache import KVCache
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     import torch
-    from anyio.abc import TaskGroup
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from kvhybrid.config import KVCacheConfig
@@ -68,7 +69,9 @@ class KVEngine:
     ``use_compression`` for one whose texts cannot be compressed.
 
     Works on asyncio and trio. Leaving ``async with`` cancels what still runs: its callers get
-    ``ClosedError``, and every page is free. An engine is entered once.
+    ``ClosedError``, and every page is free. An engine is entered once, and lives in the event loop that it
+    was entered in: asked from another one, it raises ``UnsupportedError``. When its lane ends (a panic of the
+    native core, ``SystemExit`` in a hook), every request gets ``ClosedError`` with the cause.
     """
 
     def __init__(
@@ -114,7 +117,6 @@ class KVEngine:
         self._runner: Runner | None = None
         self._driver: Driver | None = None
         self._intake: Intake | None = None
-        self._tasks: TaskGroup | None = None
 
     async def __aenter__(self) -> Self:
         if self._was_entered:
@@ -124,30 +126,33 @@ class KVEngine:
         lane = Lane(self._runner, self.cache, self._prefill_tokens, self._state.look)
         self._driver = Driver(lane, self._scheduler, self.cache.config.num_workers, self.cache.hints)
         self._intake = Intake(self._door, self._scheduler, self._driver, self.cache, self._namespaces)
-        self._tasks = await anyio.create_task_group().__aenter__()
-        self._tasks.start_soon(self._driver.run, name="kvhybrid lane")
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._driver is not None
-        assert self._runner is not None
-        assert self._tasks is not None
-        self._driver.stop()
-        try:
+        driver = self._driver
+        assert driver is not None
+        if driver.home.is_here:
+            driver.stop()
             with anyio.CancelScope(shield=True):
-                await self._driver.has_ended.wait()
-            # Our task group is told of no error: it would hand the caller's own back inside a group.
-            await self._tasks.__aexit__(None, None, None)
-        finally:
-            self.stop_recording()
-            self._runner.close()
-            self._state.leave()
+                await driver.has_ended.wait()
+        elif driver.home.post(_nothing):
+            driver.home.check()  # it runs on elsewhere
+        else:
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(driver.end_elsewhere)
+        with ExitStack() as closing:
+            if driver.fault is not None:  # what ended the lane may keep pages from being given back
+                closing.enter_context(suppress(BaseException))
+            closing.callback(self._sessions.clear)
+            closing.callback(self.cache.close)
             for session in self._sessions.values():
-                session.let_go()
-            self.cache.close()
-            self._sessions.clear()
+                closing.callback(session.let_go)
+            closing.callback(self._state.leave)
+            if self._runner is not None:
+                closing.callback(self._runner.close)
+            closing.callback(self.stop_recording)
 
     async def process_request(self, request: Mapping[str, Any] | Request) -> dict[str, Any]:
         """Answer one request.
@@ -294,6 +299,10 @@ class KVEngine:
         else:
             state = f"{self._driver.num_running} requests run, {len(self._scheduler)} wait"
         return f"<KVEngine {type(self.model).__name__}, {self.packing}, {state}, {self.cache!r}>"
+
+
+def _nothing() -> None:
+    """Be called in an event loop, if it still runs."""
 
 
 def _check_count(name: str, value: object, most: int) -> None:

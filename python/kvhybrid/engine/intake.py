@@ -6,14 +6,13 @@ request's pages along.
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING
 
 import anyio
-import anyio.to_thread
 
+from kvhybrid.engine.readers import Readers, size_of
 from kvhybrid.engine.running import Running
 from kvhybrid.engine.stream import Stream
 from kvhybrid.engine.ticket import Ticket
@@ -35,7 +34,7 @@ __all__ = ["Intake"]
 
 
 class Intake:
-    """Lets requests in. ``door`` reads prompts, one at a time, in a thread that is not the lane's."""
+    """Lets requests in. ``door`` reads prompts, in threads that are not the lane's."""
 
     def __init__(
         self,
@@ -50,7 +49,7 @@ class Intake:
         self._scheduler = scheduler
         self._driver = driver
         self._cache = cache
-        self._limiter = anyio.CapacityLimiter(1)
+        self._readers = Readers()
 
     async def run(self, request: Request, prepare: Callable[[], Prompt]) -> Ticket:
         """Serve a request and return its finished ticket.
@@ -58,6 +57,7 @@ class Intake:
         ``prepare`` runs in the door's thread. Raises what it raises, ``OverloadedError``, ``ClosedError``,
         ``TimeoutError`` past the deadline, or what the model raised.
         """
+        self.check_here()
         with anyio.move_on_after(request.deadline) as scope:
             ticket = await self.submit(request, prepare)
             try:
@@ -85,11 +85,10 @@ class Intake:
 
     async def submit(self, request: Request, prepare: Callable[[], Prompt]) -> Ticket:
         """Read a request's prompt and queue it."""
-        started = time.perf_counter()
-        expires = anyio.current_time() + request.deadline if request.deadline else math.inf
-        self.check_open()
+        started, arrived = time.perf_counter(), anyio.current_time()
+        self.check_here()
         try:
-            prompt = await self._read(prepare)
+            prompt = await self._read(request, prepare)
         except KVHybridError:
             self._driver.statistics.refused += 1
             raise
@@ -101,20 +100,40 @@ class Intake:
             grid=max(GRID, self._cache.layout.block_size) if self._cache.config.reproducible else 0,
             end_ids=self.door.end_ids,
             tokenizer=self.door.tokenizer,
-            expires=expires,
+            arrived=arrived,
         )
         ticket = Ticket(running, started)
         self._driver.submit(ticket)
         return ticket
 
-    async def _read(self, prepare: Callable[[], Prompt]) -> Prompt:
-        self._scheduler.reserve(self._driver.retry_after())
-        try:
-            return await anyio.to_thread.run_sync(prepare, limiter=self._limiter)
-        finally:
-            self._scheduler.leave_door()
+    async def _read(self, request: Request, prepare: Callable[[], Prompt]) -> Prompt:
+        retry_after = self._driver.retry_after()
+        place, displaced = self._scheduler.reserve(request.tenant, request.priority, retry_after)
+        if displaced is not None:
+            self._driver.displace(displaced, self._scheduler.overloaded(retry_after))
+        # The place is the thread's, too: it may work on though nobody waits for it any more.
+        home, leave_door = self._driver.home, partial(self._scheduler.leave_door, place)
+
+        def leave() -> None:
+            if home.is_here:
+                leave_door()
+            else:
+                home.post(leave_door)
+
+        prompt = await self._readers.read(prepare, size_of(request), leave)
+        if place.is_lost:
+            raise self._scheduler.overloaded(self._driver.retry_after())
+        return prompt
 
     def check_open(self) -> None:
         """Raise ``ClosedError`` unless requests are served."""
+        if self._driver.fault is not None:
+            fault = self._driver.fault
+            raise ClosedError(f"the engine has ended: {type(fault).__name__}: {fault}") from fault
         if not self._driver.is_running:
             raise ClosedError("the engine is closed")
+
+    def check_here(self) -> None:
+        """Raise ``ClosedError`` unless requests are served, ``UnsupportedError`` in another event loop."""
+        self.check_open()
+        self._driver.home.check()

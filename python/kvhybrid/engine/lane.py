@@ -47,6 +47,8 @@ class Outcome:
     preemptions: int = 0
     error: Exception | None = None
     """Why the forward pass failed, if it did."""
+    fault: BaseException | None = None
+    """What ended the lane, if anything has: it can make no other step."""
 
 
 class Lane:
@@ -187,10 +189,12 @@ class Lane:
                 for row, span in zip(active, step.spans, strict=True):
                     row.verify(self._present_name(), span.total)
             step.commit()
-        except Exception as error:  # noqa: BLE001  # the model's code may raise anything
+        except BaseException as error:
             if step is not None:
                 step.abandon()
-            out.error = error
+            if not isinstance(error, Exception):  # a panic, or somebody's exit: the end of this lane
+                raise
+            out.error = error  # the model's code may raise anything
             self._fail(list(active), error, out)
             return
         out.num_tokens = step.num_tokens

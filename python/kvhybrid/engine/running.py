@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kvhybrid.engine.expectations import said_at_end
+from kvhybrid.engine.scheduler import rank_of
 from kvhybrid.engine.text import Detokenizer, Piece
 from kvhybrid.errors import KVHybridError
 from kvhybrid.model.compressed import WHOLE
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from kvhybrid.model.tenancy import Tenancy
     from kvhybrid.model.weights import StateName
 
-    Rank: TypeAlias = tuple[int, float, int]
+    Rank: TypeAlias = tuple[float, int]
 
 __all__ = ["Running"]
 
@@ -56,12 +57,13 @@ class Running:
         tenancy: Tenancy,
         end_ids: frozenset[int],
         tokenizer: OwnTokenizer | None,
-        expires: float = math.inf,
+        arrived: float = 0.0,
         grid: int = 0,
     ) -> None:
         self.key = next(_arrivals)
         self.request = request
-        self.rank: Rank = (-request.priority, expires, self.key)
+        deadline = request.deadline if request.deadline is not None else math.inf
+        self.rank: Rank = (rank_of(arrived, deadline, request.priority), self.key)
         self.prompt = prompt
         self.tokens = prompt.tokens
         self.num_prompt_tokens = len(prompt.tokens)
