@@ -1,6 +1,7 @@
 """Engines whose cold pages are quantized: more is cached than fits in full precision, and never too much."""
 
 import anyio
+import numpy as np
 import pytest
 from families import prompt
 
@@ -50,3 +51,18 @@ async def test_requests_under_pressure_all_end_within_the_budget(llama, tokenize
         assert stats["demoted_pages"] > 0
         assert stats["num_pages"] * BLOCK <= 48 * BLOCK
     balanced(engine)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.75, 0.9])
+async def test_pins_leave_room_for_a_step_whatever_share_they_may_take(llama, tokenizer, own_words, share):
+    ids = [prompt(400, seed=seed)[0].tolist() for seed in range(3)]
+    expected = [own_words(llama, each, 8) for each in ids[:2]]
+    async with engine_of(llama, tokenizer, 60, max_pinned_share=share) as engine:
+        most = int(engine.cache.storage.num_full * share)
+        short = ids[2][: most * BLOCK]
+        await engine.process_request({"token_ids": short, "max_length": 1})
+        pin = engine.cache.pin(np.array(short, np.int32)[: (most - 1) * BLOCK])
+        for each, answer in zip(ids, expected, strict=False):
+            found = await engine.process_request({"token_ids": each, "max_length": 8})
+            assert found["token_ids"] == answer
+        assert pin.is_held

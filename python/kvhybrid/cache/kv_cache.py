@@ -77,6 +77,7 @@ class KVCache(SaidOfTexts):
             policy=self.config.cache_strategy.value,
             max_pinned_share=self.config.max_pinned_share,
         )
+        self.storage.most_pinned = int(self.storage.num_full * self.config.max_pinned_share)
         self._collector: Collector | None = None
         if self.config.enable_gc:
             self._collector = Collector(self.pool, self.config.gc_threshold, self.storage)

@@ -69,6 +69,8 @@ class PageStorage:
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
+        self.most_pinned = 0
+        """Pages of full precision that users may pin, which then make no room; set by ``KVCache``."""
         self.states: PageStates | None = None
         """States behind these pages, for models with layers that keep one; set by ``KVCache``."""
         # Of one layer's keys; where layers differ, of one with the mean of their widths.
@@ -127,15 +129,17 @@ class PageStorage:
         """Return how many tokens of each of ``rows`` one step may compute; None where nothing bounds it.
 
         New tokens go to pages of full precision. Half of those are for a step, so that the newest page of
-        each row, a copy of it, and other steps find room beside it.
+        each row, a copy of it, and other steps find room beside it; less where users may pin more.
         """
         if not self.num_quantized:
             return None
-        return max(self.num_full // (2 * max(rows, 1)), 1) * self.block_size
+        rows = max(rows, 1)
+        free = min(self.num_full // 2, self.num_full - self.most_pinned - 2 * rows)
+        return max(free // rows, 1) * self.block_size
 
     def most_rows(self) -> int:
         """Return how many rows may run at once: each holds a page of full precision and writes another."""
-        return max(self.num_full // 3, 1) if self.num_quantized else self.num_full
+        return max((self.num_full - self.most_pinned) // 3, 1) if self.num_quantized else self.num_full
 
     def check(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise ``LayoutError`` unless ``[batch, num_kv_heads, tokens, head_dim]`` fits this storage."""

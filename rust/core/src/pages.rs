@@ -15,6 +15,10 @@ const FREE: Holders = 0;
 const IN_TREE: Holders = u32::MAX;
 const SET_ASIDE: Holders = u32::MAX - 1;
 
+fn is_private(holders: Holders) -> bool {
+    holders != FREE && holders != IN_TREE
+}
+
 pub(crate) struct Pages {
     holders: Vec<Holders>,
     classes: Classes,
@@ -22,6 +26,8 @@ pub(crate) struct Pages {
     /// reads neighbouring pages as one view.
     free: [Vec<PageId>; CLASSES],
     shared: usize,
+    /// Pages that are neither free nor in the tree, counted as they come and go.
+    private: usize,
 }
 
 impl Pages {
@@ -31,7 +37,7 @@ impl Pages {
             first += count;
             (first - count..first).rev().map(PageId).collect()
         });
-        Self { holders: vec![FREE; classes.total() as usize], classes, free, shared: 0 }
+        Self { holders: vec![FREE; classes.total() as usize], classes, free, shared: 0, private: 0 }
     }
 
     pub(crate) fn classes(&self) -> Classes {
@@ -41,6 +47,18 @@ impl Pages {
     /// Free pages of a class.
     pub(crate) fn num_free(&self, class: usize) -> usize {
         self.free[class].len()
+    }
+
+    /// Pages that sequences hold, or a plan alone.
+    pub(crate) fn num_private(&self) -> usize {
+        self.private
+    }
+
+    /// Note how a page is held now.
+    fn put(&mut self, page: PageId, holders: Holders) {
+        let before = std::mem::replace(&mut self.holders[page.index()], holders);
+        self.private += usize::from(is_private(holders));
+        self.private -= usize::from(is_private(before));
     }
 
     /// Private pages with more than one holder.
@@ -55,24 +73,24 @@ impl Pages {
 
     /// Append `count` free pages of full precision to `out`, private from now on. The caller asked `num_free` first.
     pub(crate) fn take(&mut self, count: usize, out: &mut Vec<PageId>) {
-        let free = &mut self.free[0];
-        for page in free.drain(free.len() - count..).rev() {
-            self.holders[page.index()] = 1;
-            out.push(page);
+        let (start, free) = (out.len(), &mut self.free[0]);
+        out.extend(free.drain(free.len() - count..).rev());
+        for page in &out[start..] {
+            self.put(*page, 1);
         }
     }
 
     /// Take a free page of a class, private from now on.
     pub(crate) fn take_one(&mut self, class: usize) -> Option<PageId> {
         let page = self.free[class].pop()?;
-        self.holders[page.index()] = 1;
+        self.put(page, 1);
         Some(page)
     }
 
     /// Take this very page off its free list. Searches the list.
     pub(crate) fn take_back(&mut self, page: PageId) {
         self.free_list(page).retain(|free| *free != page);
-        self.holders[page.index()] = 1;
+        self.put(page, 1);
     }
 
     fn free_list(&mut self, page: PageId) -> &mut Vec<PageId> {
@@ -81,20 +99,22 @@ impl Pages {
 
     /// Have `to` held as `from` is, and make `from` private to one holder.
     pub(crate) fn hand_over(&mut self, from: PageId, to: PageId) {
-        self.holders[to.index()] = std::mem::replace(&mut self.holders[from.index()], 1);
+        let holders = self.holders[from.index()];
+        self.put(from, 1);
+        self.put(to, holders);
     }
 
     /// Make pages that left the tree private to one holder.
     pub(crate) fn claim(&mut self, pages: &[PageId]) {
         for page in pages {
-            self.holders[page.index()] = 1;
+            self.put(*page, 1);
         }
     }
 
     /// Keep pages that left the tree for the plan that condemned them.
     pub(crate) fn set_aside(&mut self, pages: &[PageId]) {
         for page in pages {
-            self.holders[page.index()] = SET_ASIDE;
+            self.put(*page, SET_ASIDE);
         }
     }
 
@@ -105,7 +125,7 @@ impl Pages {
     /// Free pages whatever they were; they are taken again in the order given.
     pub(crate) fn free(&mut self, pages: &[PageId]) {
         for page in pages {
-            self.holders[page.index()] = FREE;
+            self.put(*page, FREE);
         }
         for page in pages.iter().rev() {
             self.free_list(*page).push(*page);
@@ -114,7 +134,7 @@ impl Pages {
 
     /// Hand a page over to the tree.
     pub(crate) fn seal(&mut self, page: PageId) {
-        self.holders[page.index()] = IN_TREE;
+        self.put(page, IN_TREE);
     }
 
     pub(crate) fn is_in_tree(&self, page: PageId) -> bool {
@@ -150,7 +170,7 @@ impl Pages {
         match *holders {
             IN_TREE => {}
             1 => {
-                *holders = FREE;
+                self.put(page, FREE);
                 self.free_list(page).push(page);
             }
             count => {

@@ -2,7 +2,7 @@
 
 use kvhybrid_core::Error;
 use pyo3::create_exception;
-use pyo3::exceptions::{PyAssertionError, PyException, PyRuntimeError, PyValueError};
+use pyo3::exceptions::{PyAssertionError, PyException, PyValueError};
 use pyo3::prelude::*;
 
 create_exception!(kvhybrid, KVHybridError, PyException, "Base of every error that kvhybrid raises on its own account.");
@@ -31,5 +31,5 @@ pub fn raised(error: Error) -> PyErr {
 
 /// What a lock says whose holder panicked: what it guards can no longer be trusted.
 pub fn poisoned<E>(_: E) -> PyErr {
-    PyRuntimeError::new_err("an earlier call panicked inside the core; this object can no longer be used")
+    ClosedError::new_err("an earlier call panicked inside the core; this object can no longer be used")
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvhybrid_core::PinId;
 use pyo3::prelude::*;
 
-use crate::pool::Shared;
+use crate::pool::{Gone, Shared};
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Pin {
@@ -22,9 +22,7 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        if let Some(mut pool) = self.shared.lock_to_drop() {
-            pool.unpin(self.id);
-        }
+        self.shared.leave(Gone::Pin(self.id));
     }
 }
 

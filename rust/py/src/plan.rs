@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 
 use crate::buffers::{Room, overlap};
 use crate::errors::{ClosedError, poisoned, raised};
-use crate::pool::Shared;
+use crate::pool::{Gone, Shared};
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Plan {
@@ -46,9 +46,8 @@ impl Drop for Plan {
     fn drop(&mut self) {
         if let Ok(open) = self.open.get_mut()
             && let Some(plan) = open.take()
-            && let Some(mut pool) = self.shared.lock_to_drop()
         {
-            pool.abandon(plan);
+            self.shared.leave(Gone::Plan(Box::new(plan)));
         }
     }
 }

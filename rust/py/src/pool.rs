@@ -1,10 +1,12 @@
 //! `PagePool`, and the lock that its sequences, batches and plans share.
 
+use std::ops::{Deref, DerefMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
 use std::time::Duration;
 
-use kvhybrid_core::{Adaptive, Namespace, OpenOptions, Pool, SequenceId};
+use kvhybrid_core::{Adaptive, Namespace, OpenOptions, PinId, Pool, Rule, SequenceId};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -16,12 +18,67 @@ use crate::plan::Plan;
 use crate::retention::{microseconds, retention};
 use crate::sequence::Sequence;
 
-/// The core behind its lock. It is held for bookkeeping only, and nobody attaches while holding it.
-pub struct Shared(Mutex<Pool>);
+/// What a handle leaves behind that goes while its pool is at work.
+pub enum Gone {
+    Sequence(SequenceId),
+    Pin(PinId),
+    Plan(Box<kvhybrid_core::Plan>),
+}
+
+/// The core behind its lock. It is held for bookkeeping only: nobody attaches to Python while holding it, and no Python
+/// object is made or dropped, which could collect garbage, and with it handles that ask for the same lock.
+///
+/// A handle that goes never waits: finalizers run in the middle of whatever their thread does. What cannot be carried
+/// out at once is left in `gone` for whoever has the lock.
+pub struct Shared {
+    pool: Mutex<Pool>,
+    gone: Mutex<Vec<Gone>>,
+    has_gone: AtomicBool,
+}
 
 impl Shared {
-    pub fn lock(&self) -> PyResult<MutexGuard<'_, Pool>> {
-        self.0.lock().map_err(poisoned)
+    pub fn new(pool: Pool) -> Self {
+        Self { pool: Mutex::new(pool), gone: Mutex::new(Vec::new()), has_gone: AtomicBool::new(false) }
+    }
+
+    /// The pool, with all done in it that handles left behind.
+    pub fn lock(&self) -> PyResult<Held<'_>> {
+        let mut pool = self.pool.lock().map_err(poisoned)?;
+        self.settle(&mut pool);
+        Ok(Held { pool: Some(pool), shared: self })
+    }
+
+    /// Carry out what handles left behind.
+    fn settle(&self, pool: &mut Pool) {
+        while self.has_gone.swap(false, Ordering::AcqRel) {
+            // Held for a move of a vector, and nothing inside can run a finalizer.
+            let gone = self.gone.lock().map(|mut gone| std::mem::take(&mut *gone)).unwrap_or_default();
+            for each in gone {
+                match each {
+                    Gone::Sequence(id) => pool.close(id),
+                    Gone::Pin(id) => pool.unpin(id),
+                    Gone::Plan(plan) => pool.abandon(*plan),
+                }
+            }
+        }
+    }
+
+    /// Have the pool carry out what a handle leaves behind: now, if nobody is at work, or as soon as they are done.
+    /// Nothing is left to do in a poisoned pool.
+    pub fn leave(self: &Arc<Self>, gone: Gone) {
+        if let Ok(mut waiting) = self.gone.lock() {
+            waiting.push(gone);
+        }
+        self.has_gone.store(true, Ordering::Release);
+        self.settle_if_free();
+    }
+
+    fn settle_if_free(&self) {
+        // Whoever has the lock looks again after letting go of it: nothing stays behind.
+        while self.has_gone.load(Ordering::Acquire) {
+            let Ok(mut pool) = self.pool.try_lock() else { return };
+            self.settle(&mut pool);
+        }
     }
 
     /// Close a sequence; and when it is time to learn from what was used, do that in a thread of its own:
@@ -36,7 +93,7 @@ impl Shared {
             let learn = move || {
                 lesson.learn();
                 if let Some(shared) = shared.upgrade()
-                    && let Some(mut pool) = shared.lock_to_drop()
+                    && let Ok(mut pool) = shared.lock()
                 {
                     pool.apply(lesson);
                 }
@@ -46,10 +103,32 @@ impl Shared {
         }
         Ok(())
     }
+}
 
-    /// The pool for a handle that is being dropped: nothing is left to do in a poisoned one.
-    pub fn lock_to_drop(&self) -> Option<MutexGuard<'_, Pool>> {
-        self.0.lock().ok()
+/// The pool, for as long as this lives.
+pub struct Held<'a> {
+    pool: Option<MutexGuard<'a, Pool>>,
+    shared: &'a Shared,
+}
+
+impl Deref for Held<'_> {
+    type Target = Pool;
+
+    fn deref(&self) -> &Pool {
+        self.pool.as_ref().expect("held until dropped")
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut Pool {
+        self.pool.as_mut().expect("held until dropped")
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.pool = None;
+        self.shared.settle_if_free();
     }
 }
 
@@ -68,9 +147,8 @@ pub fn set_policy(pool: &mut Pool, policy: &str, options: Adaptive) -> PyResult<
 }
 
 /// Who rules in a pool, and by how much.
-pub fn rule<'py>(py: Python<'py>, pool: &Pool) -> PyResult<Bound<'py, PyDict>> {
+pub fn rule(py: Python<'_>, rule: Option<Rule>) -> PyResult<Bound<'_, PyDict>> {
     let items = PyDict::new(py);
-    let rule = pool.rule();
     items.set_item("ruling", if rule.is_some_and(|rule| rule.is_learned) { "survival" } else { "lru" })?;
     if let Some(rule) = rule {
         items.set_item("shadow_hit_rate_lru", rule.recency)?;
@@ -114,7 +192,7 @@ impl PagePool {
         set_policy(&mut pool, policy, options)?;
         pool.bound_pins(max_pinned_share).map_err(raised)?;
         let num_pages = pool.num_pages();
-        Ok(Self { shared: Arc::new(Shared(Mutex::new(pool))), num_pages, num_quantized, num_lowest, block_size })
+        Ok(Self { shared: Arc::new(Shared::new(pool)), num_pages, num_quantized, num_lowest, block_size })
     }
 
     fn __repr__(&self) -> PyResult<String> {
@@ -234,7 +312,8 @@ impl PagePool {
     }
 
     fn rule<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        rule(py, &*self.shared.lock()?)
+        let found = self.shared.lock()?.rule();
+        rule(py, found)
     }
 
     #[pyo3(signature = (tokens, namespace = 0))]

@@ -101,8 +101,8 @@ impl Replay {
     }
 
     fn rule<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let replay = self.replay.lock().map_err(poisoned)?;
-        rule(py, replay.pool())
+        let found = self.replay.lock().map_err(poisoned)?.pool().rule();
+        rule(py, found)
     }
 
     fn advance(&self, py: Python<'_>, requests: usize) -> PyResult<usize> {

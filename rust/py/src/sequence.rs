@@ -8,7 +8,7 @@ use pyo3::types::PyBytes;
 
 use crate::buffers::with_tokens;
 use crate::errors::raised;
-use crate::pool::Shared;
+use crate::pool::{Gone, Shared};
 use crate::retention::retention;
 use crate::token_buffer::native_bytes;
 
@@ -27,8 +27,7 @@ impl Sequence {
 
 impl Drop for Sequence {
     fn drop(&mut self) {
-        // Nothing is left to do in a poisoned pool.
-        let _ = self.shared.close(self.id);
+        self.shared.leave(Gone::Sequence(self.id));
     }
 }
 

@@ -66,12 +66,15 @@ impl TokenBuffer {
 
     #[pyo3(signature = (start = 0, stop = None))]
     fn tobytes<'py>(&self, py: Python<'py>, start: usize, stop: Option<usize>) -> PyResult<Bound<'py, PyBytes>> {
-        let own = self.lock()?;
-        let stop = stop.unwrap_or(own.len());
-        let Some(tokens) = own.get(start..stop) else {
-            return Err(PyValueError::new_err(format!("[{start}, {stop}) is not within {} tokens", own.len())));
+        let tokens = {
+            let own = self.lock()?;
+            let stop = stop.unwrap_or(own.len());
+            let Some(tokens) = own.get(start..stop) else {
+                return Err(PyValueError::new_err(format!("[{start}, {stop}) is not within {} tokens", own.len())));
+            };
+            tokens.to_vec()
         };
-        native_bytes(py, tokens, |token| token.to_ne_bytes())
+        native_bytes(py, &tokens, |token| token.to_ne_bytes())
     }
 
     fn common_prefix(&self, tokens: &Bound<'_, PyAny>) -> PyResult<usize> {

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-/// Strictly increasing, so that a time is also an order.
+/// Strictly increasing, so that a time is also an order; but for the last time that there is, where it stays.
 pub(crate) struct Clock {
     began: Instant,
     injected: Option<u64>,
@@ -21,7 +21,7 @@ impl Clock {
 
     /// The time, later than every one given out before.
     pub(crate) fn tick(&mut self) -> u64 {
-        self.last = self.read().max(self.last + 1);
+        self.last = self.read().max(self.last.saturating_add(1));
         self.last
     }
 

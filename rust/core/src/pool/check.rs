@@ -59,6 +59,10 @@ impl Pool {
         if shared != self.pages.num_shared() {
             return broken(format!("{} private pages counted as shared of {shared}", self.pages.num_shared()));
         }
+        let private = held.iter().flatten().filter(|count| **count > 0).count() + kept;
+        if private != self.pages.num_private() {
+            return broken(format!("{} pages counted as private of {private}", self.pages.num_private()));
+        }
         let classes = self.pages.classes();
         let mut free: Vec<PageId> = self.pages.free_pages().concat();
         for (class, pages) in self.pages.free_pages().iter().enumerate() {

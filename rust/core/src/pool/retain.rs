@@ -20,6 +20,18 @@ impl Pool {
         Ok(())
     }
 
+    /// How many pages users may pin as pages lie now: of the quantized classes no more than are in use.
+    pub(super) fn most_pinned(&self) -> u64 {
+        let classes = self.pages.classes().0;
+        (0..CLASSES)
+            .map(|class| match class {
+                0 => self.most_kept[0],
+                _ => self.most_kept[class].min(classes[class] - self.pages.num_free(class) as u32),
+            })
+            .map(u64::from)
+            .sum()
+    }
+
     /// Have tokens of a cached text leave before or after others: those of the range as far as they are cached,
     /// in whole blocks, and the part of one that a closed sequence left behind. What was said of them before is
     /// replaced. Counts as a use. Returns the tokens from the beginning on up to which it holds.
@@ -71,7 +83,7 @@ impl Pool {
             sequence.anchor = self.tree.cut(sequence.anchor, sequence.sealed);
         }
         let anchor = sequence.anchor;
-        let from = from.next_multiple_of(1 << self.shift).min(u32::MAX as usize) as u32;
+        let from = from.min(sequence.length as usize).next_multiple_of(1 << self.shift) as u32;
         let expires = self.end_of(retention.ttl);
         self.tree.retain_path(anchor, from, retention, expires);
         self.tree.raise_path(anchor, from, retention, expires);

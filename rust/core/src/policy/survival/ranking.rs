@@ -84,7 +84,7 @@ impl Ranking {
 
     /// The leaf whose page is worth least at `now`.
     pub(super) fn lowest(&mut self, curves: &Curves, now: u64) -> Option<u32> {
-        if self.version != curves.version || now >= self.scored + STALE || self.changed.len() > CLASSES {
+        if self.version != curves.version || now >= self.scored.saturating_add(STALE) || self.changed.len() > CLASSES {
             (self.version, self.scored) = (curves.version, now);
             self.changed.clear();
             for class in 0..CLASSES {
