@@ -129,19 +129,20 @@ def test_while_a_layer_has_still_to_come_nothing_is_removed():
     assert cache.get_stats()["compressions"] == 1
 
 
-def test_a_slice_sent_again_is_cached_where_it_ends_behind_what_was_removed():
+def test_a_slice_sent_again_comes_back_whole_or_is_refused():
     cache = make()
     fill(cache, (100,))
-    whole = slice_of(100)
-    keys, _, metadata = cache.process_kv(*whole, 0)
-    assert metadata["cached"]
-    assert keys.shape[2] == kept_tokens(100, KEPT)
-    front = 100 - RECENT
-    assert cache.process_kv(*slice_of(front), 0)[0].shape[2] == kept_tokens(100, KEPT) - RECENT
-    free = cache.pool.num_free
-    with pytest.raises(InvalidRequestError, match=f"up to {front - 1} are asked for.*first {front} of"):
-        cache.process_kv(*slice_of(front - 1), 0)
-    assert cache.pool.num_free == free
+    front, free = 100 - RECENT, cache.pool.num_free
+    for start, length in ((0, 100), (0, front), (front - 1, 40), (50, 60), (front - 1, 1)):
+        with pytest.raises(InvalidRequestError, match=f"from {start} on are asked for.*first {front} of"):
+            cache.process_kv(*slice_of(length), start)
+        assert cache.pool.num_free == free
+    for start in (front, 98):
+        keys, _, metadata = cache.process_kv(*slice_of(100 - start), start)
+        assert metadata["cached"]
+        assert keys.shape[2] == kept_tokens(100, KEPT)
+        own = torch.arange(start, 100).expand(*metadata["positions"].shape[:2], -1)
+        assert torch.equal(metadata["positions"][..., start - 100 :], own)
     keys, _, metadata = cache.process_kv(*slice_of(5), 98)  # two of them are known
     assert (metadata["cached"], metadata["tokens"]) == (False, 3)
     assert keys.shape[2] == kept_tokens(100, KEPT) + 3

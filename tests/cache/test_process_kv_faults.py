@@ -318,20 +318,20 @@ def test_a_session_dropped_while_a_call_waits_for_it_begins_anew():
     cache, part = make(pages=16), slice_of(5)
     cache.process_kv(*slice_of(7, batch=2))
     session = cache._tensors._known["default", "default"]
-    lock = session.lock
+    turn = session.turn
 
     class Late:
-        """A lock that another thread is faster to: it drops the session first."""
+        """A turn that another thread is faster to: it drops the session first."""
 
         def __enter__(self):
-            session.lock = lock
+            session.turn = turn
             assert cache.drop_session()
-            return lock.__enter__()
+            return turn.__enter__()
 
         def __exit__(self, *exc_info):
-            return lock.__exit__(*exc_info)
+            return turn.__exit__(*exc_info)
 
-    session.lock = Late()
+    session.turn = Late()
     *found, metadata = cache.process_kv(*part)
     assert same(found, part)
     assert metadata["position"] == 0

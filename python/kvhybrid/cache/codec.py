@@ -138,7 +138,7 @@ def _quantize(
     count = _count(pages, ids, record_ids)
     source, target = _numbers(pages, ids, count), _numbers(records, record_ids, count)
     if not count:
-        return torch.ones(0, dtype=torch.bool)
+        return torch.ones(0, dtype=torch.bool, device="cpu")
     if pages.device.type != "cpu":
         _check_distinct(target)
         return codec_torch.quantize(part, bits, pages, _indices(source), records, _indices(target))
@@ -152,7 +152,7 @@ def _quantize(
             threads=_threads(pages, count, threads),
             parallel=team_address(),
         )
-    accepted = torch.ones(count, dtype=torch.bool)
+    accepted = torch.ones(count, dtype=torch.bool, device="cpu")
     if refused:
         accepted[refused] = False
     return accepted

@@ -47,7 +47,7 @@ class Collector:
         self.failures = 0
         """Runs in which something raised: the codec on a device, mostly."""
         self._wake = threading.Event()
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()  # a finalizer may look in the middle of a look
         self._thread: threading.Thread | None = None
         self._stopped = False
 
@@ -131,8 +131,9 @@ class Collector:
         if self._thread is not None and self._thread.is_alive():
             return
         with self._starting:
-            # After a fork the thread is there by name only.
-            if not self._stopped and (self._thread is None or not self._thread.is_alive()):
+            # After a fork the thread is there by name only; one that was just made counts as alive.
+            is_dead = self._thread is not None and self._thread.ident is not None
+            if not self._stopped and (self._thread is None or (is_dead and not self._thread.is_alive())):
                 # An event of its own: after a fork the old one's lock may be held by nobody.
                 wake = self._wake = threading.Event()
                 # Without this it would wait for ever behind a collector that is gone.

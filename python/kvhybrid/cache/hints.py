@@ -26,7 +26,7 @@ class Hints:
         self._pool = pool
         self._otherwise = otherwise
         self._most_pages = pool.num_pages // PARTS
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pins: dict[int, Pin] = {}
         self._given_up = 0
 

@@ -191,7 +191,8 @@ class KVCache(SaidOfTexts):
 
         With ``use_compression`` a session keeps a share of its old positions once every layer has come to the
         same end: later calls return what is left, each head its own, the last positions whole and in order,
-        and ``positions`` says which.
+        and ``positions`` says which. A slice that begins among those of which each head keeps some is
+        refused: its own positions could not all be given back.
 
         A session begins with its first slice and keeps its pages until ``drop_session`` or
         ``truncate_kv``: it is never evicted. Calls of several threads to one session follow each other.

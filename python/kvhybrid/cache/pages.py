@@ -18,6 +18,7 @@ from kvhybrid.cache.memory import Buffers
 from kvhybrid.cache.page_table import PageTable, Piece
 from kvhybrid.cache.quantized import CHUNK, SIDES, Classes, QuantizedPages, as_ids
 from kvhybrid.errors import LayoutError
+from kvhybrid.layout import DTYPE_BYTES, as_torch_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kvhybrid.layout import KVLayout
 
 __all__ = ["PageStorage", "PageTable", "Piece"]
+
+_DTYPES = tuple(map(as_torch_dtype, DTYPE_BYTES))
 
 
 class PageStorage:
@@ -69,6 +72,9 @@ class PageStorage:
         self.block_size = layout.block_size
         self.device = torch.device(device)
         self.dtype: torch.dtype = layout.torch_dtype
+        # The largest number that these pages hold, by dtypes that have larger ones.
+        most = torch.finfo(self.dtype).max
+        self.limits = {d: most for d in _DTYPES if torch.finfo(d).max > most}
         self.most_pinned = 0
         """Pages of full precision that users may pin, which then make no room; set by ``KVCache``."""
         self.states: PageStates | None = None
@@ -233,7 +239,7 @@ class PageStorage:
         holds nothing afterwards. See ``kvhybrid.cache.demotion``.
         """
         sources, targets = as_ids(pair[0] for pair in pairs), as_ids(pair[1] for pair in pairs)
-        taken = torch.ones(len(pairs), dtype=torch.bool)
+        taken = torch.ones(len(pairs), dtype=torch.bool, device="cpu")
         above = None
         for below in self.records:
             at = ((targets >= below.first) & (targets < below.first + below.num_pages)).nonzero().flatten()

@@ -8,7 +8,6 @@ evicted, and leave when their session is truncated or dropped. What makes room i
 from __future__ import annotations
 
 import logging
-import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, SupportsIndex, TypedDict
 
@@ -70,8 +69,6 @@ class TensorSessions:
         self._rule = config.compression_ratio if config.use_compression else 1.0, config.compression_scorer
         self._compressed = compressed
         self._known: dict[tuple[str, str], TensorSession] = {}
-        # Guards the dictionary. Taken while holding a session's lock, never the other way round.
-        self._lock = threading.Lock()
         self._closed = False
 
     def __len__(self) -> int:
@@ -95,6 +92,10 @@ class TensorSessions:
         layer = whole_number("layer_idx", layer)
         check_slice(self._storage, layer, key, value)
         start = read_start(cache_position, key.shape[2])
+        if key.shape[0] > self._pool.num_pages:  # before a sequence is opened for each
+            raise OutOfMemoryError(
+                f"{key.shape[0]} rows: each takes a page at least, and there are {self._pool.num_pages}"
+            )
         with self._entered(name, key.shape[0]) as session:
             filled = session.filled(layer)
             position = filled if start is None else start
@@ -103,11 +104,10 @@ class TensorSessions:
                     f"cache_position begins at {position}, but layer {layer} of session {name[1]!r} holds "
                     f"{filled} positions: {position - filled} are missing in between"
                 )
-            if position + key.shape[2] < session.front.length:
+            if position < session.front.length:
                 raise InvalidRequestError(
-                    f"positions up to {position + key.shape[2]} are asked for, but of the first "
-                    f"{session.front.length} of session {name[1]!r} each head keeps some: ask for more, or "
-                    "drop it"
+                    f"positions from {position} on are asked for, but of the first {session.front.length} of "
+                    f"session {name[1]!r} each head keeps some: begin there or later, or drop it"
                 )
             found = self._store(session, layer, position, key, value, name[1])
             if self._rule[0] < 1.0:
@@ -204,12 +204,11 @@ class TensorSessions:
         """
         check_name(name)
         length = whole_number("length", length)
-        with self._lock:
-            session = self._known.get(name)
+        session = self._known.get(name)
         unknown = InvalidRequestError(f"process_kv knows no session {name[1]!r} of tenant {name[0]!r}")
         if session is None:
             raise unknown
-        with session.lock:
+        with session.turn:
             if session.is_closed:
                 raise unknown
             if length > session.length:
@@ -226,34 +225,38 @@ class TensorSessions:
                 self._forget(name, session)
 
     def drop(self, name: tuple[str, str]) -> bool:
-        """Give the pages of a session back, after the call under way. True if it was known."""
-        with self._lock:
-            session = self._known.pop(name, None)
+        """Give the pages of a session back, after the call under way. True if it was known.
+
+        Called by a finalizer or a signal handler in the middle of a call of its own thread, it does not wait.
+        """
+        session = self._known.pop(name, None)
         if session is None:
             return False
-        with session.lock:
-            session.close()
+        session.turn.soon(session.close)
         return True
 
     def close(self) -> None:
         """Drop every session and refuse new ones. Idempotent."""
-        with self._lock:
-            self._closed = True
-            names = list(self._known)
-        for name in names:
-            self.drop(name)
+        self._closed = True
+        while self._known:
+            for name in list(self._known):
+                self.drop(name)
 
     @contextmanager
     def _entered(self, name: tuple[str, str], batch: int) -> Iterator[TensorSession]:
         """Own the session of that name for one call; one that then holds nothing is forgotten."""
         while True:
-            with self._lock:
-                if self._closed:
-                    raise ClosedError("the cache is closed")
-                session = self._known.get(name)
-                if session is None:
-                    session = self._known[name] = TensorSession(self._pool, self._storage, batch)
-            with session.lock:
+            # No lock: each step is one operation of a dictionary, and a finalizer may come between any two.
+            session = self._known.get(name)
+            if session is None:
+                fresh = TensorSession(self._pool, self._storage, batch)
+                session = self._known.setdefault(name, fresh)
+                if session is not fresh:
+                    fresh.close()
+            if self._closed:
+                self.drop(name)
+                raise ClosedError("the cache is closed")
+            with session.turn:
                 if session.is_closed:  # dropped while this thread waited: there is a new one, or will be
                     continue
                 if session.num_rows != batch:
@@ -269,9 +272,8 @@ class TensorSessions:
                 return
 
     def _forget(self, name: tuple[str, str], session: TensorSession) -> None:
-        with self._lock:
-            if self._known.get(name) is session:
-                del self._known[name]
+        if self._known.get(name) is session:
+            self._known.pop(name, None)
         session.close()
 
 

@@ -49,7 +49,7 @@ class Classes(NamedTuple):
         if len(firsts) == 1:
             classes = (ids >= firsts[0]).long()
         else:
-            classes = torch.bucketize(ids, torch.tensor(firsts), right=True)
+            classes = torch.bucketize(ids, torch.tensor(firsts, device="cpu"), right=True)
         places = [(classes == index).nonzero().flatten() for index in range(len(firsts) + 1)]
         records = tuple((at, ids[at] - first) for at, first in zip(places[1:], firsts, strict=True))
         return cls(places[0], ids[places[0]], records)
@@ -101,7 +101,7 @@ class QuantizedPages:
 
         Returns which the codec took, bool ``[count]``. A page that is refused in one layer is refused in all.
         """
-        accepted = torch.ones(len(ids), dtype=torch.bool)
+        accepted = torch.ones(len(ids), dtype=torch.bool, device="cpu")
         for layer, (cold_keys, cold_values) in enumerate(zip(self.keys, self.values, strict=True)):
             if cold_keys is not None and cold_values is not None:
                 accepted &= self.codec.quantize_keys(keys[layer], ids, cold_keys, records)
@@ -123,21 +123,21 @@ class QuantizedPages:
         return torch.cat([self._lower(above, part, own) for part, own in parts])
 
     def _lower(self, above: QuantizedPages, ids: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-        accepted = torch.ones(len(ids), dtype=torch.bool)
+        accepted = torch.ones(len(ids), dtype=torch.bool, device="cpu")
         for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
             shape = self.layout.layers[layer]
             if keys is None or values is None or shape is None:
                 continue
             room = (len(ids), shape.num_kv_heads, self.layout.block_size)
             pages = torch.empty((*room, shape.head_dim), device=keys.device, dtype=torch.float32)
-            above.dequantize(layer, "k", ids, pages, torch.arange(len(ids)))
+            above.dequantize(layer, "k", ids, pages, torch.arange(len(ids), device="cpu"))
             accepted &= self.codec.quantize_keys(pages, None, keys, records)
             pages = torch.empty((*room, shape.value_head_dim), device=values.device, dtype=torch.float32)
-            above.dequantize(layer, "v", ids, pages, torch.arange(len(ids)))
+            above.dequantize(layer, "v", ids, pages, torch.arange(len(ids), device="cpu"))
             accepted &= self.codec.quantize_values(pages, None, values, records)
         return accepted
 
 
 def as_ids(pages: Iterable[int]) -> torch.Tensor:
     """Return page ids as the codec takes them."""
-    return torch.tensor(list(pages), dtype=torch.int64)
+    return torch.tensor(list(pages), dtype=torch.int64, device="cpu")

@@ -37,7 +37,7 @@ class PageStates:
         self._used_bytes = 0
         self._evicted = 0
         self._restored = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.still: AbstractContextManager[object] = nullcontext()
         """The storage's: held from looking up a page until its state is put or taken."""
 

@@ -145,9 +145,9 @@ class Step:
         """Index tensors of such a step, for pages on ``device``; made once a step."""
         if device not in self._indices:
             size = self.storage.block_size
-            rows = torch.tensor([span.row for span in self.spans])
-            columns = torch.tensor([span.column for span in self.spans])
-            slots = torch.as_tensor(self._slots).long()
+            rows = torch.tensor([span.row for span in self.spans], device="cpu")
+            columns = torch.tensor([span.column for span in self.spans], device="cpu")
+            slots = torch.as_tensor(self._slots, device="cpu").long()
             indices = (rows, columns, slots // size, slots % size)
             self._indices[device] = tuple(self.storage.to_device(index, device) for index in indices)
         return self._indices[device]
@@ -160,8 +160,8 @@ class Step:
         if self.shortest >= columns:
             return None
         if (columns, device) not in self._seen:
-            first = torch.tensor([columns - span.total for span in self.spans])
-            seen = torch.arange(columns) >= first[:, None]
+            first = torch.tensor([columns - span.total for span in self.spans], device="cpu")
+            seen = torch.arange(columns, device="cpu") >= first[:, None]
             self._seen[columns, device] = seen[:, None, None].to(device)
         return self._seen[columns, device]
 
@@ -234,8 +234,11 @@ class Step:
         """Write the step's K and V ``[batch, num_kv_heads, tokens, width]`` into the pages.
 
         Columns that belong to no row (padding) are left out. Raises ``LayoutError`` before anything is
-        written when the shapes are not the layout's.
+        written when the shapes are not the layout's, ``UnsupportedError`` for numbers that are finite and
+        that the pages' dtype cannot hold.
         """
+        if self.storage.limits and (limit := self.storage.limits.get(key.dtype)) is not None:
+            check_range(layer, key, value, limit, self.storage.dtype)
         if self._slot is not None and self.storage.write_slot(layer, *self._slot, key, value):
             self._written.add(layer)
             return
@@ -298,3 +301,18 @@ def _filled(
     lengths = np.empty((rows, 2), np.int32)
     plan.fill(tables, slots, lengths)
     return tables, slots, lengths
+
+
+def check_range(layer: int, key: torch.Tensor, value: torch.Tensor, limit: float, dtype: torch.dtype) -> None:
+    """Raise ``UnsupportedError`` for a finite number beyond ``limit``, the largest of the pages' ``dtype``.
+
+    Infinities and NaN are the model's own, and stay what they are.
+    """
+    for name, tensor in (("K", key.detach()), ("V", value.detach())):
+        if bool(tensor.abs().amax() <= limit) or not tensor.numel():
+            continue
+        if bool((tensor.to(dtype).isinf() & tensor.isfinite()).any()):
+            raise UnsupportedError(
+                f"layer {layer}: {name} holds numbers beyond {limit:g}, which pages of {dtype} cannot hold: "
+                "lay the cache out in bfloat16 or float32"
+            )

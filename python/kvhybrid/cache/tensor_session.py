@@ -6,7 +6,6 @@ room: that is ``kvhybrid.cache.process_kv``.
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +16,7 @@ from kvhybrid.cache.compress.tensors import NOTHING_REMOVED, shorten
 from kvhybrid.cache.demotion import demote, undone
 from kvhybrid.cache.page_table import PageTable
 from kvhybrid.cache.step import plan_with_room
+from kvhybrid.cache.turn import Turn
 
 if TYPE_CHECKING:
     from kvhybrid._core import PagePool, Plan, Sequence
@@ -30,11 +30,11 @@ class TensorSession:
     The pool counts tokens and there are none here: the sequences hold placeholders and are never sealed,
     so that nobody finds their pages and no policy takes them. Whichever layer first brings new positions
     reserves their pages; the other layers write into the same slots. Behind a compressed ``front`` positions
-    are as before, and lie by so many slots further to the front. Every call holds ``lock``.
+    are as before, and lie by so many slots further to the front. Every call has its ``turn``.
     """
 
     def __init__(self, pool: PagePool, storage: PageStorage, batch: int) -> None:
-        self.lock = threading.Lock()
+        self.turn = Turn("the session")
         self.is_closed = False
         self.length = 0
         """Positions that have pages: those of the layer that has come furthest."""

@@ -69,7 +69,7 @@ class Bench:
 
     def prompt(self, count: int) -> torch.Tensor:
         """Return ``[1, count]`` ids that were not asked for before."""
-        ids = torch.randint(0, vocab_size(self.model), (1, count), generator=self._generator)
+        ids = torch.randint(0, vocab_size(self.model), (1, count), generator=self._generator, device="cpu")
         return ids.to(self.model.device)
 
     def answer(self, model: Any, ids: torch.Tensor, count: int, **options: Any) -> list[int]:

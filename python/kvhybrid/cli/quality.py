@@ -72,7 +72,7 @@ def run_quality(
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and prefix + scored > longest:
         raise ConfigError(f"prefix={prefix} and scored={scored}: the model takes {longest} tokens at most")
-    ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"], device="cpu")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
         total = min(windows, max(0, len(ids) - prefix - scored - 1) // scored + 1)

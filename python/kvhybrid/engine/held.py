@@ -34,7 +34,7 @@ class Held:
         self._cache = cache
         self._kept = compression.kept
         self._scorer = compression.scorer
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._computed: Computed | None = None
         self._name: StateName | None = None  # what the model was called that computed it
         self._is_closed = False

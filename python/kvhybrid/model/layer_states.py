@@ -117,7 +117,7 @@ class LayerStates:
 
     def select(self, rows: list[int]) -> None:
         """Keep these rows, in this order."""
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device="cpu")
         self._change(lambda part: part.index_select(0, index.to(part.device)))
 
     def left_out(self) -> list[int]:

@@ -51,10 +51,12 @@ def window_of(mask_function: Callable[..., torch.Tensor]) -> int | None:
 
 def _seen(mask_function: Callable[..., torch.Tensor], query: int) -> int:
     """Return how many tokens that ``query`` sees; they must be it and those right before it."""
-    keys = torch.arange(query + 64)
-    zero = torch.zeros((), dtype=torch.long)
+    keys = torch.arange(query + 64, device="cpu")
+    zero = torch.zeros((), dtype=torch.long, device="cpu")
     try:
-        seen = torch.broadcast_to(mask_function(zero, zero, torch.tensor(query), keys), keys.shape)
+        seen = torch.broadcast_to(
+            mask_function(zero, zero, torch.tensor(query, device="cpu"), keys), keys.shape
+        )
     except Exception as error:  # the function is the model's own, and may look things up by index
         raise UnknownMaskError(f"its mask function: {type(error).__name__}: {error}") from error
     count = int(seen.sum())
@@ -138,7 +140,7 @@ def obstacle_to_pages(model: PreTrainedModel, needed: str | None = None) -> str 
     a model without soft caps and sinks.
     """
     device = input_device(model)
-    ids = (torch.arange(2 * TOKENS) % vocab_size(model)).view(2, TOKENS)
+    ids = (torch.arange(2 * TOKENS, device="cpu") % vocab_size(model)).view(2, TOKENS)
     mask = torch.ones_like(ids)
     mask[1, :PADDING] = 0
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

@@ -269,7 +269,11 @@ def difference(found: torch.Tensor, expected: torch.Tensor, layout: KVLayout) ->
 def _text(model: PreTrainedModel) -> torch.Tensor:
     """Return the probe's text, ``[2, tokens]``."""
     total = sum(STEPS)
-    return ((torch.arange(2 * total) * 7 + 3) % vocab_size(model)).view(2, total).to(input_device(model))
+    return (
+        ((torch.arange(2 * total, device="cpu") * 7 + 3) % vocab_size(model))
+        .view(2, total)
+        .to(input_device(model))
+    )
 
 
 def _mask(model: PreTrainedModel) -> torch.Tensor:

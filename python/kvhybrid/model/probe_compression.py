@@ -83,7 +83,7 @@ def _try(model: PreTrainedModel, forward: Callable[..., Any], layout: KVLayout, 
     from kvhybrid.model.probe import difference, reason, trial_cache
 
     total = sum(STEPS)
-    ids = ((torch.arange(total) * 7 + 3) % vocab_size(model))[None].to(input_device(model))
+    ids = ((torch.arange(total, device="cpu") * 7 + 3) % vocab_size(model))[None].to(input_device(model))
     takes = list(inspect.signature(forward).parameters)
     try:
         expected = _logits(forward, takes, DynamicCache(config=model.config), ids, hidden=True)
@@ -144,7 +144,7 @@ def _logits(
     """
     removed = STEPS[0] - kept_tokens(STEPS[0], KEPT)
     stops = list(itertools.accumulate(STEPS))
-    kept = [torch.empty(0)]
+    kept = [torch.empty(0, device="cpu")]
     for stop, width in list(zip(stops, STEPS, strict=True))[steps]:
         start = stop - width
         mask = torch.ones_like(ids[:, :stop])

@@ -89,11 +89,11 @@ class Runner:
     ) -> torch.Tensor:
         positions = torch.cat(
             [
-                torch.arange(span.past + gap, span.total + gap)
+                torch.arange(span.past + gap, span.total + gap, device="cpu")
                 for span, gap in zip(step.spans, gaps, strict=True)
             ]
         )
-        last = torch.tensor([span.count for span in step.spans]).cumsum(0) - 1
+        last = torch.tensor([span.count for span in step.spans], device="cpu").cumsum(0) - 1
         options: dict[str, Any] = {}
         if self._keeps_logits:
             options["logits_to_keep"] = last.to(tokens.device)

@@ -69,7 +69,9 @@ def _draw(logits: torch.Tensor, settings: list[Sampling], *, narrow: bool) -> to
         top_p = torch.tensor([s.top_p for s in settings], dtype=torch.float64, device=device)
         weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p[:, None], 0.0)
     reached = weights.cumsum(-1)
-    numbers = torch.cat([torch.rand(1, generator=s.generator, dtype=torch.float64) for s in settings])
+    numbers = torch.cat(
+        [torch.rand(1, generator=s.generator, dtype=torch.float64, device="cpu") for s in settings]
+    )
     aims = numbers.to(device)[:, None] * reached[:, -1:]
     # Rounding may leave an aim at the very end, behind the last token that has any weight.
     last = (weights > 0).int().cumsum(-1).argmax(-1)

@@ -23,7 +23,7 @@ class Holders:
     """Compressed sessions at rest, the one that rested longest first; held weakly."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._resting: dict[int, weakref.ref[Holder]] = {}
         self._counts = {
             "compressions": 0,
