@@ -28,11 +28,11 @@ def show(console: Console, found: list[Comparison], facts: Facts) -> None:
         ", ".join(f"{name} {version}" for name, version in versions().items()),
         f"K and V of a token: {full:,.0f} bytes, {eight:,.0f} in 8 bits, {four:,.0f} in 4",
     ):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, markup=False)
     for comparison in found:
         console.print(_table(comparison))
         for way, why in comparison.left_out.items():
-            console.print(f"left out: {way}: {why}")
+            console.print(f"left out: {way}: {why}", markup=False)
         if not comparison.equal:
             exact = facts["dtype"] == "float32"
             says = (

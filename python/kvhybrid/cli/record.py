@@ -58,5 +58,6 @@ async def _serve(engine: KVEngine, requests: list[dict[str, Any]], out: Path) ->
         f"{recorder.requests:,} requests in {out}; {stats['hit_rate']:.1%} of the prompt tokens were cached. "
         f"What another size would do: kvhybrid simulate {out}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

@@ -18,6 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from kvhybrid._core import Replay
 from kvhybrid.cli.plot import plot_curves
@@ -153,7 +154,8 @@ def _replay(
 ) -> Outcome:
     trace = workload.trace
     blocks = size if isinstance(size, int) else max(1, int(size * trace.num_unique + 0.5))
-    replay = Replay(trace, blocks, policy=policy)
+    # More than there are different ones make no difference, but to the memory.
+    replay = Replay(trace, min(blocks, trace.num_unique + 1), policy=policy)
     began, done, total = time.perf_counter(), 0, len(trace)
     step = max(BATCH, total // 200)
     while done < total and not stop.is_set():
@@ -175,7 +177,7 @@ def _replay(
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:<40}"),
+        TextColumn("{task.description:<40}", markup=False),  # names are the file's own
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -189,7 +191,7 @@ def _tables(outcomes: Sequence[Outcome]) -> Iterator[Table]:
     for trace, group in itertools.groupby(outcomes, attrgetter("trace")):
         found = list(group)
         title = f"{trace}: {found[0].requests:,} requests, {found[0].references:,} blocks"
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("policy")
         for heading in ("size", "blocks", "hits", "hit ratio", "seconds"):
             table.add_column(heading, justify="right", no_wrap=True)

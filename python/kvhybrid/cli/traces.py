@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from array import array
 from contextlib import closing
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from kvhybrid._core import Trace
-from kvhybrid.errors import TraceError
+from kvhybrid.errors import ConfigError, TraceError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 BATCH = 4096
 GZIP = b"\x1f\x8b"
+# Bytes of a line: a prompt of a million blocks fits. A file without line ends would fill the memory.
+MOST_LINE = 1 << 24
+MOST_JOIN = 1 << 20
+MOST_NAME = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +54,11 @@ def read_trace(
     ``join`` makes one block of so many, and ``full_blocks_only`` leaves out last blocks that a prompt fills
     in part. ``tick`` is called with how many bytes of the file were read since the last time.
 
-    Raises ``TraceError`` naming file and line when it is none, and ``OSError``.
+    Raises ``TraceError`` naming file and line when it is none, ``ConfigError`` for a ``join`` out of range,
+    and ``OSError``.
     """
+    if not 1 <= join <= MOST_JOIN:
+        raise ConfigError(f"join={join}: must be from 1 to {MOST_JOIN}")
     with path.open("rb") as file:
         is_gzip = file.read(2) == GZIP
         file.seek(0)
@@ -69,7 +78,7 @@ def _read(
 ) -> Workload:
     number = 1
     try:
-        header = json.loads(lines.readline())
+        header = json.loads(_line(lines))
         flat = bool(header.get("flat", False))
         partial = bool(header.get("partial_tail_block", False))
         trace = Trace(
@@ -79,13 +88,13 @@ def _read(
         )
         number, position = 2, 0
         for requests, runs in _batches(lines, flat=flat):
-            trace.extend(requests, runs)
+            _extend(trace, requests, runs)
             number += len(requests) // 4
             if tick is not None:
                 tick(file.tell() - position)
                 position = file.tell()
     except _Line as wrong:
-        raise TraceError(f"{path}, line {number + wrong.offset}: {wrong}") from wrong.__cause__
+        raise TraceError(f"{_shown(path)}, line {number + wrong.offset}: {wrong}") from wrong.__cause__
     except (
         ValueError,
         KeyError,
@@ -93,12 +102,40 @@ def _read(
         AttributeError,
         OverflowError,
         EOFError,
+        RecursionError,
+        zlib.error,
         gzip.BadGzipFile,
     ) as error:
-        raise TraceError(f"{path}, from line {number} on: {error!s} ({type(error).__name__})") from error
+        where = f"{_shown(path)}, from line {number} on"
+        raise TraceError(f"{where}: {str(error)[:200]} ({type(error).__name__})") from error
     if not len(trace):
-        raise TraceError(f"{path}: no requests")
-    return Workload(name=str(header.get("name", path.name)), path=path, trace=trace)
+        raise TraceError(f"{_shown(path)}: no requests")
+    name = str(header.get("name", path.name))[:MOST_NAME]
+    return Workload(name=name.encode("utf-8", "replace").decode(), path=path, trace=trace)
+
+
+def _shown(path: Path) -> str:
+    """Return a path as text that any terminal takes: names of files are bytes."""
+    return str(path).encode("utf-8", "replace").decode()
+
+
+def _line(lines: IO[bytes]) -> bytes:
+    """Return the next line, empty at the end. Raises ``_Line`` for one that is no line of a trace."""
+    line = lines.readline(MOST_LINE + 1)
+    if len(line) > MOST_LINE:
+        raise _Line(f"longer than {MOST_LINE:,} bytes", 0)
+    return line
+
+
+def _extend(trace: Trace, requests: array[int], runs: array[int]) -> None:
+    """Add requests; raises ``_Line`` for the first that is none."""
+    try:
+        trace.extend(requests, runs)
+    except ValueError as error:
+        found = re.match(r"request (\d+): (.*)", str(error), re.DOTALL)
+        if found is None:
+            raise
+        raise _Line(found[2], int(found[1])) from error
 
 
 class _Line(Exception):  # noqa: N818  # never leaves this file
@@ -111,8 +148,14 @@ class _Line(Exception):  # noqa: N818  # never leaves this file
 
 def _batches(lines: IO[bytes], *, flat: bool) -> Iterator[tuple[array[int], array[int]]]:
     requests, runs, when = array("q"), array("q"), 0
-    for line in lines:
+    while True:
         before = len(requests) // 4
+        try:
+            if not (line := _line(lines)):
+                break
+        except _Line as wrong:
+            wrong.offset = before
+            raise
         try:
             if flat:
                 requests.extend((when, 1, 0, 2))
@@ -123,8 +166,10 @@ def _batches(lines: IO[bytes], *, flat: bool) -> Iterator[tuple[array[int], arra
                 blocks = request["h"]
                 requests.extend((int(request["t"]), request["in"], request.get("out", 0), len(blocks)))
                 runs.extend(blocks)
-        except (ValueError, KeyError, TypeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise _Line(f"no request: {line[:60]!r}", before) from error
+        if requests[-4] < 0:
+            raise _Line(f"no request: its time is {requests[-4]}", before)
         if len(requests) >= 4 * BATCH:
             yield requests, runs
             requests, runs = array("q"), array("q")

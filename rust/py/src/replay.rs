@@ -94,7 +94,7 @@ impl Replay {
     fn new(trace: &Bound<'_, Trace>, num_blocks: usize, policy: &str, seed: u64) -> PyResult<Self> {
         let trace = trace.get().shared()?;
         let mut pool = Pool::new(num_blocks, 1, false).map_err(raised)?;
-        let token_weight = trace.block_tokens() as u32;
+        let token_weight = u32::try_from(trace.block_tokens()).unwrap_or(u32::MAX);
         let options = Adaptive { seed: Some(seed), token_weight, learns_at_once: true, is_unguarded: false };
         set_policy(&mut pool, policy, options)?;
         Ok(Self { trace, replay: Mutex::new(kvhybrid_core::Replay::new(pool)) })

@@ -74,14 +74,21 @@ impl Trace {
         if !runs.len().is_multiple_of(2) {
             return refuse(format!("blocks come as pairs of first id and count, not as {} numbers", runs.len()));
         }
+        // Before anything is written down for them: a short line may claim any number.
+        let whole = i64::from(arrival.prompt.div_ceil(self.block_tokens));
+        let claimed = runs.chunks_exact(2).try_fold(0i64, |sum, run| sum.checked_add(run[1].max(0)));
+        if claimed.is_none_or(|claimed| claimed > whole) {
+            return refuse(format!("more blocks than the {whole} of a prompt of {} tokens", arrival.prompt));
+        }
         let most = if self.full_blocks_only { i64::from(arrival.prompt / self.block_tokens) } else { MOST_BLOCKS };
-        let begin = self.blocks.len();
+        let (begin, known) = (self.blocks.len(), self.parents.len());
+        let mut fresh = Vec::new();
         let (mut parent, mut taken) = (ROOT, 0i64);
         let mut group = 0;
         for run in runs.chunks_exact(2) {
             let (first, count) = (run[0], run[1]);
             if first < 0 || count < 0 || first.checked_add(count).is_none() {
-                self.blocks.truncate(begin);
+                self.take_back(begin, known, &fresh);
                 return refuse(format!("no run of blocks: {count} from {first} on"));
             }
             for id in first..first + count.min(most - taken) {
@@ -91,9 +98,9 @@ impl Trace {
                     continue;
                 }
                 group = 0;
-                let number = self.number(id, parent);
+                let number = self.number(id, parent, &mut fresh);
                 if self.parents[number as usize] != parent || number == ROOT {
-                    self.blocks.truncate(begin);
+                    self.take_back(begin, known, &fresh);
                     return refuse(format!("block {id} follows another block than before: it is no prefix's id"));
                 }
                 self.blocks.push(number);
@@ -105,13 +112,23 @@ impl Trace {
         Ok(())
     }
 
-    fn number(&mut self, id: i64, parent: u32) -> u32 {
+    fn number(&mut self, id: i64, parent: u32, fresh: &mut Vec<i64>) -> u32 {
         let next = self.parents.len() as u32;
         let number = *self.numbers.entry(id).or_insert(next);
         if number == next {
             self.parents.push(parent);
+            fresh.push(id);
         }
         number
+    }
+
+    /// Forget what a refused request has brought: its blocks, and those that were met for the first time.
+    fn take_back(&mut self, begin: usize, known: usize, fresh: &[i64]) {
+        self.blocks.truncate(begin);
+        self.parents.truncate(known);
+        for id in fresh {
+            self.numbers.remove(id);
+        }
     }
 
     /// Requests.
@@ -131,7 +148,7 @@ impl Trace {
 
     /// Tokens of a block, joined ones counted.
     pub fn block_tokens(&self) -> usize {
-        self.block_tokens as usize * self.join
+        (self.block_tokens as usize).saturating_mul(self.join)
     }
 
     /// Blocks and arrival of a request.
