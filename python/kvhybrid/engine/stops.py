@@ -8,7 +8,7 @@ Knows text as it comes, and the names of special tokens between it. No tokenizer
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvhybrid.engine.decoding.of_tokens import NO_TEXT
 
@@ -25,6 +25,20 @@ class Place(NamedTuple):
     specials: int
 
 
+class Special(NamedTuple):
+    """A special token in an answer."""
+
+    place: int
+    """Behind how many characters of the text."""
+    name: str
+    number: int
+    """How many special tokens are before it."""
+
+
+# Stands for special tokens in a row of which only the first and the last matter; no stop can contain it.
+GAP: Final = "\ud800"
+
+
 class StopSearch:
     """Takes an answer's text in pieces, and holds back what may turn out to begin a stop string.
 
@@ -38,7 +52,7 @@ class StopSearch:
         self._longest = max(map(len, self._stops))
         self._held = ""
         self._given = 0  # characters before what is held
-        self._specials: list[tuple[int, str]] = []  # behind how many characters, and how it is spelled
+        self._specials: list[Special] = []  # those that a stop may still contain
         self._num_specials = 0
         self._ends: list[Place] = []  # where each token ends, of those of which it is known
         self._unknown: list[int] = []  # of those of which it is not: special tokens up to their end
@@ -59,8 +73,8 @@ class StopSearch:
         shown = self._held + waiting
         end = self._given + len(shown)
         if special is not None:
+            self._note(Special(end, special, self._num_specials))
             self._num_specials += 1
-            self._specials.append((end, special))
         self._unknown.append(self._num_specials)
         if is_certain := NO_TEXT not in waiting:
             self._know(end)
@@ -92,27 +106,37 @@ class StopSearch:
     def _show(self, count: int) -> str:
         text, self._held = self._held[:count], self._held[count:]
         self._given += count
-        # Special tokens in a row take no room in the text, so that their number is bounded, too.
-        self._specials = [found for found in self._specials if found[0] >= self._given][-self._longest :]
+        self._specials = [special for special in self._specials if special.place >= self._given]
         return text
+
+    def _note(self, special: Special) -> None:
+        """Add a special token. In a row they take no room in the text, so that their number is bounded here."""
+        self._specials.append(special)
+        row = [i for i, other in enumerate(self._specials) if other.place == special.place]
+        if len(row) > 2 * self._longest + 1:
+            middle = row[self._longest]
+            self._specials[middle : middle + 2] = [self._specials[middle]._replace(name=GAP)]
+
+    def _num_before(self, special: Special | None) -> int:
+        return self._num_specials if special is None else special.number
 
     def _in_text(self, shown: str) -> Iterator[Place]:
         for stop in self._stops:
             if (at := shown.find(stop)) >= 0:
                 characters = self._given + at
-                behind = sum(place > characters for place, _ in self._specials)
-                yield Place(characters, self._num_specials - behind)
+                behind = next((special for special in self._specials if special.place > characters), None)
+                yield Place(characters, self._num_before(behind))
 
     def _in_spelled(self, shown: str) -> Iterator[Place]:
         if not (self._spelled and self._specials):
             return
-        spelled = Spelled(shown, [(place - self._given, name) for place, name in self._specials])
+        spelled = Spelled(shown, self._given, self._specials)
         for stop in self._spelled:
             at = spelled.text.find(stop)
             while at >= 0:
                 if spelled.is_whole(at) and spelled.is_whole(at + len(stop)):
                     characters, behind = spelled.place(at)
-                    yield Place(self._given + characters, self._num_specials - behind)
+                    yield Place(self._given + characters, self._num_before(behind))
                     break
                 at = spelled.text.find(stop, at + 1)
 
@@ -126,8 +150,8 @@ class StopSearch:
     def _doubtful_spelled(self) -> int:
         if not (self._spelled and self._specials):
             return 0
-        within = [(place - self._given, name) for place, name in self._specials]
-        spelled = Spelled(self._held, [found for found in within if found[0] <= len(self._held)])
+        end = self._given + len(self._held)
+        spelled = Spelled(self._held, self._given, [s for s in self._specials if s.place <= end])
         for at in range(max(len(spelled.text) - self._longest + 1, 0), len(spelled.text)):
             if spelled.is_whole(at) and any(s.startswith(spelled.text[at:]) for s in self._spelled):
                 return len(self._held) - spelled.place(at)[0]
@@ -135,27 +159,28 @@ class StopSearch:
 
 
 class Spelled:
-    """A text with the special tokens that stand in it."""
+    """A text that begins at ``given``, with the special tokens that stand in it."""
 
-    def __init__(self, text: str, specials: Sequence[tuple[int, str]]) -> None:
+    def __init__(self, text: str, given: int, specials: Sequence[Special]) -> None:
         parts: list[str] = []
-        self._spans: list[tuple[int, int]] = []
+        self._spans: list[tuple[int, int, Special]] = []
         past = length = 0
-        for place, name in specials:
-            parts += (text[past:place], name)
-            length += len(parts[-2])
-            self._spans.append((length, length + len(name)))
-            past, length = max(past, place), length + len(name)
+        for special in specials:
+            place = special.place - given
+            parts += (text[past:place], special.name)
+            start = length + len(parts[-2])
+            past, length = place, start + len(special.name)
+            self._spans.append((start, length, special))
         self.text = "".join([*parts, text[past:]])
 
     def is_whole(self, at: int) -> bool:
         """Whether no special token is cut there."""
-        return not any(start < at < stop for start, stop in self._spans)
+        return not any(start < at < stop for start, stop, _ in self._spans)
 
-    def place(self, at: int) -> tuple[int, int]:
-        """Return how many characters of the text lie before, and how many special tokens behind."""
-        before = sum(stop - start for start, stop in self._spans if stop <= at)
-        return at - before, sum(stop > at for _, stop in self._spans)
+    def place(self, at: int) -> tuple[int, Special | None]:
+        """Return how many characters of the text lie before, and the first special token behind."""
+        before = sum(stop - start for start, stop, _ in self._spans if stop <= at)
+        return at - before, next((special for _, stop, special in self._spans if stop > at), None)
 
 
 def _spellings(stops: Sequence[str], specials: Collection[str]) -> Iterator[str]:
