@@ -85,6 +85,7 @@ stops = st.lists(
 @example(units=["<|end|>", "<|end|>", *"a"], stops=["<|end|><|end|>"])
 @example(units=["<|end|>", *"a"], stops=["|", "end", ">a"])
 @example(units=[*"<|x", "<|x", "|>"], stops=["<|x|>"])
+@example(units=["a", "<|end|>", "<|x", "|>", "|>", "|>", "<|x"], stops=["a<|x"])
 def test_the_first_stop_that_is_complete_ends_the_text(own, units, stops):
     pieces, stopped, kept = said(own, units, stops)
     expected = first_stop(units, stops)
@@ -120,7 +121,7 @@ def test_special_tokens_in_a_row_are_bounded(own):
     end = own.tokenizer.convert_tokens_to_ids("<|end|>")
     for _ in range(1000):
         assert detokenizer.push(end) == ""
-    assert len(detokenizer._search._specials) < 10
+    assert len(detokenizer._search._specials) <= 2 * len("a<|end|>") + 1
     assert not detokenizer.stopped
     detokenizer.push(own.tokenizer.convert_tokens_to_ids("b"))
     assert detokenizer.stopped

@@ -110,7 +110,7 @@ class StopSearch:
         return text
 
     def _note(self, special: Special) -> None:
-        """Add a special token. In a row they take no room in the text, so that their number is bounded here."""
+        """Add a special token. In a row they take no room in the text: their number is bounded here."""
         self._specials.append(special)
         row = [i for i, other in enumerate(self._specials) if other.place == special.place]
         if len(row) > 2 * self._longest + 1:
