@@ -300,6 +300,7 @@ def play(name: str, seed: int) -> tuple[int, int]:
         return statistics["cached_tokens"], statistics["evicted_pages"]
 
 
+@pytest.mark.filterwarnings("ignore:generate runs without the cache")  # where there are no pages left
 @pytest.mark.parametrize("block", range(BLOCKS))
 @pytest.mark.parametrize("name", MODELS)
 def test_every_answer_in_a_random_sequence_of_calls_is_the_models_own(name: str, block: int) -> None:

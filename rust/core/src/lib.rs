@@ -2,7 +2,7 @@
 //!
 //! It knows token ids, page ids and order. It has never heard of tensors, models, Python or event
 //! loops: what a page holds is the caller's, and so is every copy. All of it is plain data behind
-//! `&mut`; whoever shares a [`Pool`] brings the lock. [`kernel`] computes with what pages hold, and knows
+//! `&mut`; whoever shares a [`Pool`] does so behind a lock ([`Shared`]). [`kernel`] computes with what pages hold, and knows
 //! none of the rest.
 //!
 //! A step is a [`Plan`]: [`Pool::plan`] decides, [`Pool::fill`] writes the decision out and makes it
@@ -21,6 +21,7 @@ mod pool;
 mod replay;
 mod retention;
 mod sequence;
+mod shared;
 mod stats;
 mod tree;
 
@@ -28,8 +29,9 @@ pub use error::{Error, Result};
 pub use ids::{Namespace, PageId, SequenceId};
 pub use plan::Plan;
 pub use policy::{Cause, Lesson, Rule};
-pub use pool::{Adaptive, Explanation, OpenOptions, PinId, Pool, check_tokens};
+pub use pool::{Adaptive, Explanation, Left, OpenOptions, PinId, Pool, check_tokens};
 pub use replay::{Arrival, Replay, Trace, TraceError};
 pub use retention::{PRIORITIES, Retention};
+pub use shared::{Held, Poisoned, Settle, Shared};
 pub use stats::Statistics;
 pub use tree::common_prefix;

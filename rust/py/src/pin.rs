@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use kvhybrid_core::PinId;
+use kvhybrid_core::{Left, PinId};
 use pyo3::prelude::*;
 
-use crate::pool::{Gone, Shared};
+use crate::pool::Shared;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Pin {
@@ -22,7 +22,7 @@ impl Pin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        self.shared.leave(Gone::Pin(self.id));
+        self.shared.leave(Left::Pin(self.id));
     }
 }
 

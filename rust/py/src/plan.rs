@@ -2,12 +2,13 @@
 
 use std::sync::{Arc, Mutex};
 
+use kvhybrid_core::Left;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{Room, overlap};
 use crate::errors::{ClosedError, poisoned, raised};
-use crate::pool::{Gone, Shared};
+use crate::pool::Shared;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Plan {
@@ -47,7 +48,7 @@ impl Drop for Plan {
         if let Ok(open) = self.open.get_mut()
             && let Some(plan) = open.take()
         {
-            self.shared.leave(Gone::Plan(Box::new(plan)));
+            self.shared.leave(Left::Plan(Box::new(plan)));
         }
     }
 }

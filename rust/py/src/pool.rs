@@ -1,12 +1,10 @@
 //! `PagePool`, and the lock that its sequences, batches and plans share.
 
-use std::ops::{Deref, DerefMut};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use kvhybrid_core::{Adaptive, Namespace, OpenOptions, PinId, Pool, Rule, SequenceId};
+use kvhybrid_core::{Adaptive, Held, Left, Namespace, OpenOptions, Pool, Rule, SequenceId};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
@@ -18,67 +16,23 @@ use crate::plan::Plan;
 use crate::retention::{microseconds, retention};
 use crate::sequence::Sequence;
 
-/// What a handle leaves behind that goes while its pool is at work.
-pub enum Gone {
-    Sequence(SequenceId),
-    Pin(PinId),
-    Plan(Box<kvhybrid_core::Plan>),
-}
-
 /// The core behind its lock. It is held for bookkeeping only: nobody attaches to Python while holding it, and no Python
 /// object is made or dropped, which could collect garbage, and with it handles that ask for the same lock.
-///
-/// A handle that goes never waits: finalizers run in the middle of whatever their thread does. What cannot be carried
-/// out at once is left in `gone` for whoever has the lock.
-pub struct Shared {
-    pool: Mutex<Pool>,
-    gone: Mutex<Vec<Gone>>,
-    has_gone: AtomicBool,
-}
+pub struct Shared(kvhybrid_core::Shared<Pool>);
 
 impl Shared {
     pub fn new(pool: Pool) -> Self {
-        Self { pool: Mutex::new(pool), gone: Mutex::new(Vec::new()), has_gone: AtomicBool::new(false) }
+        Self(kvhybrid_core::Shared::new(pool))
     }
 
-    /// The pool, with all done in it that handles left behind.
-    pub fn lock(&self) -> PyResult<Held<'_>> {
-        let mut pool = self.pool.lock().map_err(poisoned)?;
-        self.settle(&mut pool);
-        Ok(Held { pool: Some(pool), shared: self })
+    pub fn lock(&self) -> PyResult<Held<'_, Pool>> {
+        self.0.lock().map_err(poisoned)
     }
 
-    /// Carry out what handles left behind.
-    fn settle(&self, pool: &mut Pool) {
-        while self.has_gone.swap(false, Ordering::AcqRel) {
-            // Held for a move of a vector, and nothing inside can run a finalizer.
-            let gone = self.gone.lock().map(|mut gone| std::mem::take(&mut *gone)).unwrap_or_default();
-            for each in gone {
-                match each {
-                    Gone::Sequence(id) => pool.close(id),
-                    Gone::Pin(id) => pool.unpin(id),
-                    Gone::Plan(plan) => pool.abandon(*plan),
-                }
-            }
-        }
-    }
-
-    /// Have the pool carry out what a handle leaves behind: now, if nobody is at work, or as soon as they are done.
-    /// Nothing is left to do in a poisoned pool.
-    pub fn leave(self: &Arc<Self>, gone: Gone) {
-        if let Ok(mut waiting) = self.gone.lock() {
-            waiting.push(gone);
-        }
-        self.has_gone.store(true, Ordering::Release);
-        self.settle_if_free();
-    }
-
-    fn settle_if_free(&self) {
-        // Whoever has the lock looks again after letting go of it: nothing stays behind.
-        while self.has_gone.load(Ordering::Acquire) {
-            let Ok(mut pool) = self.pool.try_lock() else { return };
-            self.settle(&mut pool);
-        }
+    /// Have the pool carry out what a handle leaves behind. Never waits: finalizers run in the middle of whatever their
+    /// thread does.
+    pub fn leave(&self, left: Left) {
+        self.0.leave(left);
     }
 
     /// Close a sequence; and when it is time to learn from what was used, do that in a thread of its own:
@@ -102,33 +56,6 @@ impl Shared {
             let _ = thread::Builder::new().name("kvhybrid-learn".into()).spawn(learn);
         }
         Ok(())
-    }
-}
-
-/// The pool, for as long as this lives.
-pub struct Held<'a> {
-    pool: Option<MutexGuard<'a, Pool>>,
-    shared: &'a Shared,
-}
-
-impl Deref for Held<'_> {
-    type Target = Pool;
-
-    fn deref(&self) -> &Pool {
-        self.pool.as_ref().expect("held until dropped")
-    }
-}
-
-impl DerefMut for Held<'_> {
-    fn deref_mut(&mut self) -> &mut Pool {
-        self.pool.as_mut().expect("held until dropped")
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.pool = None;
-        self.shared.settle_if_free();
     }
 }
 

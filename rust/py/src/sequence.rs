@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use kvhybrid_core::SequenceId;
+use kvhybrid_core::{Left, SequenceId};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::buffers::with_tokens;
 use crate::errors::raised;
-use crate::pool::{Gone, Shared};
+use crate::pool::Shared;
 use crate::retention::retention;
 use crate::token_buffer::native_bytes;
 
@@ -27,7 +27,7 @@ impl Sequence {
 
 impl Drop for Sequence {
     fn drop(&mut self) {
-        self.shared.leave(Gone::Sequence(self.id));
+        self.shared.leave(Left::Sequence(self.id));
     }
 }
 

@@ -23,6 +23,7 @@ use crate::pages::Pages;
 use crate::plan::Plan;
 use crate::policy::{Cause, Clock, History};
 use crate::sequence::Sequences;
+use crate::shared::Settle;
 use crate::stats::{Statistics, Totals};
 use crate::tree::{Tree, Victim};
 
@@ -257,5 +258,27 @@ pub fn check_tokens(tokens: &[u32], base: usize) -> Result<()> {
     match tokens.iter().position(|token| *token > MAX_TOKEN) {
         Some(offset) => Err(Error::Token { index: base + offset, value: tokens[offset] }),
         None => Ok(()),
+    }
+}
+
+/// What a handle leaves behind that goes while its pool is at work.
+pub enum Left {
+    /// A sequence to close.
+    Sequence(SequenceId),
+    /// A pin to let go of.
+    Pin(PinId),
+    /// A plan to abandon.
+    Plan(Box<Plan>),
+}
+
+impl Settle for Pool {
+    type Left = Left;
+
+    fn settle(&mut self, left: Left) {
+        match left {
+            Left::Sequence(id) => self.close(id),
+            Left::Pin(id) => self.unpin(id),
+            Left::Plan(plan) => self.abandon(*plan),
+        }
     }
 }
