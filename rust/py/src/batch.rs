@@ -1,13 +1,14 @@
 //! `Batch`: rows of sequences that step together. It names them and does not keep them alive.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use kvhybrid_core::SequenceId;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{with_int32, with_tokens};
-use crate::errors::{poisoned, raised};
+use crate::errors::raised;
+use crate::ordered::{Guard, Ordered, Rank};
 use crate::plan::Plan;
 use crate::pool::{PagePool, Shared};
 use crate::sequence::Sequence;
@@ -15,12 +16,12 @@ use crate::sequence::Sequence;
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Batch {
     shared: Arc<Shared>,
-    rows: Mutex<Vec<SequenceId>>,
+    rows: Ordered<Vec<SequenceId>>,
 }
 
 impl Batch {
-    fn rows(&self) -> PyResult<MutexGuard<'_, Vec<SequenceId>>> {
-        self.rows.lock().map_err(poisoned)
+    fn rows(&self) -> PyResult<Guard<'_, Vec<SequenceId>>> {
+        self.rows.lock()
     }
 
     fn reserve(&self, counts: Option<&[i32]>, tokens: Option<&[u32]>) -> PyResult<kvhybrid_core::Result<Plan>> {
@@ -35,7 +36,7 @@ impl Batch {
     #[new]
     #[pyo3(signature = (pool, sequences = None))]
     fn new(pool: &Bound<'_, PagePool>, sequences: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        let batch = Self { shared: pool.get().shared.clone(), rows: Mutex::new(Vec::new()) };
+        let batch = Self { shared: pool.get().shared.clone(), rows: Ordered::new(Rank::Rows, Vec::new()) };
         if let Some(sequences) = sequences {
             for sequence in sequences.try_iter()? {
                 batch.add(sequence?.cast::<Sequence>()?)?;

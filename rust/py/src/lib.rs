@@ -11,6 +11,7 @@ mod codec;
 mod errors;
 mod held;
 mod memory;
+mod ordered;
 mod pin;
 mod plan;
 mod pool;

@@ -1,19 +1,20 @@
 //! `Plan`: a handle that abandons its plan when it goes unfinished.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use kvhybrid_core::Left;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::buffers::{Room, overlap};
-use crate::errors::{ClosedError, poisoned, raised};
+use crate::errors::{ClosedError, raised};
+use crate::ordered::{Ordered, Rank};
 use crate::pool::Shared;
 
 #[pyclass(frozen, module = "kvhybrid._core")]
 pub struct Plan {
     shared: Arc<Shared>,
-    open: Mutex<Option<kvhybrid_core::Plan>>,
+    open: Ordered<Option<kvhybrid_core::Plan>>,
     num_tokens: usize,
     num_evicted: usize,
     max_pages: usize,
@@ -30,12 +31,12 @@ impl Plan {
             max_pages: plan.max_pages(),
             copies: plan.copies().iter().map(|(source, target)| (source.0, target.0)).collect(),
             demotions: plan.demotions().map(|(source, target)| (source.0, target.0)).collect(),
-            open: Mutex::new(Some(plan)),
+            open: Ordered::new(Rank::Rows, Some(plan)),
         }
     }
 
     fn take(&self) -> PyResult<kvhybrid_core::Plan> {
-        self.open.lock().map_err(poisoned)?.take().ok_or_else(finished)
+        self.open.lock()?.take().ok_or_else(finished)
     }
 }
 
@@ -45,7 +46,7 @@ fn finished() -> PyErr {
 
 impl Drop for Plan {
     fn drop(&mut self) {
-        if let Ok(open) = self.open.get_mut()
+        if let Some(open) = self.open.get_mut()
             && let Some(plan) = open.take()
         {
             self.shared.leave(Left::Plan(Box::new(plan)));
@@ -56,7 +57,7 @@ impl Drop for Plan {
 #[pymethods]
 impl Plan {
     fn __repr__(&self) -> PyResult<String> {
-        let state = if self.open.lock().map_err(poisoned)?.is_some() { "open" } else { "finished" };
+        let state = if self.open.lock()?.is_some() { "open" } else { "finished" };
         Ok(format!("Plan({} tokens, {} evicted, {state})", self.num_tokens, self.num_evicted))
     }
 
@@ -97,7 +98,7 @@ impl Plan {
         if overlap(&tables, &slots) || overlap(&slots, &lengths) || overlap(&tables, &lengths) {
             return Err(PyValueError::new_err("tables, slots and lengths must not share memory"));
         }
-        let mut open = self.open.lock().map_err(poisoned)?;
+        let mut open = self.open.lock()?;
         let plan = open.as_mut().ok_or_else(finished)?;
         self.shared
             .lock()?
@@ -118,7 +119,7 @@ impl Plan {
     }
 
     fn moved(&self) -> PyResult<()> {
-        let mut open = self.open.lock().map_err(poisoned)?;
+        let mut open = self.open.lock()?;
         let plan = open.as_mut().ok_or_else(finished)?;
         self.shared.lock()?.moved(plan);
         Ok(())

@@ -1,5 +1,6 @@
 //! `PagePool`, and the lock that its sequences, batches and plans share.
 
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
@@ -11,6 +12,7 @@ use pyo3::types::{PyBytes, PyDict};
 
 use crate::buffers::{with_int64, with_tokens};
 use crate::errors::{poisoned, raised};
+use crate::ordered::{Order, Rank};
 use crate::pin::Pin;
 use crate::plan::Plan;
 use crate::retention::{microseconds, retention};
@@ -25,8 +27,9 @@ impl Shared {
         Self(kvhybrid_core::Shared::new(pool))
     }
 
-    pub fn lock(&self) -> PyResult<Held<'_, Pool>> {
-        self.0.lock().map_err(poisoned)
+    pub fn lock(&self) -> PyResult<HeldPool<'_>> {
+        let order = Order::enter(Rank::Pool);
+        Ok(HeldPool { inner: self.0.lock().map_err(poisoned)?, _order: order })
     }
 
     /// Have the pool carry out what a handle leaves behind. Never waits: finalizers run in the middle of whatever their
@@ -56,6 +59,26 @@ impl Shared {
             let _ = thread::Builder::new().name("kvhybrid-learn".into()).spawn(learn);
         }
         Ok(())
+    }
+}
+
+/// A pool, for as long as this lives.
+pub struct HeldPool<'a> {
+    inner: Held<'a, Pool>,
+    _order: Order,
+}
+
+impl Deref for HeldPool<'_> {
+    type Target = Pool;
+
+    fn deref(&self) -> &Pool {
+        &self.inner
+    }
+}
+
+impl DerefMut for HeldPool<'_> {
+    fn deref_mut(&mut self) -> &mut Pool {
+        &mut self.inner
     }
 }
 

@@ -1,21 +1,19 @@
 //! `TokenBuffer`: a growing run of token ids on the native side.
 
-use std::sync::{Mutex, MutexGuard};
-
 use kvhybrid_core::{Result as CoreResult, check_tokens, common_prefix};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::buffers::with_tokens;
-use crate::errors::poisoned;
+use crate::ordered::{Guard, Ordered, Rank};
 
 #[pyclass(frozen, module = "kvhybrid._core")]
-pub struct TokenBuffer(Mutex<Vec<u32>>);
+pub struct TokenBuffer(Ordered<Vec<u32>>);
 
 impl TokenBuffer {
-    fn lock(&self) -> PyResult<MutexGuard<'_, Vec<u32>>> {
-        self.0.lock().map_err(poisoned)
+    fn lock(&self) -> PyResult<Guard<'_, Vec<u32>>> {
+        self.0.lock()
     }
 
     pub fn length(&self) -> PyResult<usize> {
@@ -41,7 +39,7 @@ impl TokenBuffer {
     #[new]
     #[pyo3(signature = (tokens = None))]
     fn new(tokens: Option<&Bound<'_, PyAny>>) -> PyResult<Self> {
-        Ok(Self(Mutex::new(tokens.map_or(Ok(Vec::new()), copied)?)))
+        Ok(Self(Ordered::new(Rank::Tokens, tokens.map_or(Ok(Vec::new()), copied)?)))
     }
 
     fn __len__(&self) -> PyResult<usize> {
