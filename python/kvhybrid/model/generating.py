@@ -16,6 +16,7 @@ from kvhybrid.errors import KVHybridError, UnsupportedError
 from kvhybrid.model.obstacles import (
     ASKED_FOR,
     CALL,
+    GIVEN,
     OF_SETTINGS,
     mask_of,
     obstacle_to_reuse,
@@ -40,6 +41,7 @@ __all__ = ["Generating"]
 
 _log = logging.getLogger(__name__)
 _OTHER_CACHE: Final = "another cache"
+_FAILED: Final = "it failed in the cache"
 
 
 class Generating:
@@ -73,6 +75,7 @@ class Generating:
         self._obstacle = obstacle
         self._compression = compression
         self._grid = grid
+        self._logged: set[type[Exception]] = set()
 
     def run(
         self, inputs: torch.Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any], *, is_ours: bool
@@ -83,32 +86,42 @@ class Generating:
             named, is_ours = {**named, **over(past.handed)}, False
         if named.get(CACHE) is not None and not is_ours:
             return self._without(_OTHER_CACHE, inputs, args, named, is_said=False)
+        try:
+            ids, settings, why, is_said = self._judge(inputs, args, named, is_ours=is_ours)
+        except Exception as error:
+            if is_ours:
+                raise
+            return self._without(_FAILED, inputs, args, named, details=self._said(error))
+        if why is not None:
+            return self._without(why, inputs, args, named, is_said=is_said)
+        return self._through(ids, inputs, args, named, settings, is_ours=is_ours)
+
+    def _judge(
+        self, inputs: torch.Tensor | None, args: tuple[Any, ...], named: dict[str, Any], *, is_ours: bool
+    ) -> tuple[Any, dict[str, Any], str | None, bool]:
+        """Return the prompt, the settings that hold, why the call passes the cache by, and whether to say so.
+
+        Raises ``UnsupportedError`` for what a session cannot take.
+        """
         ids = inputs if inputs is not None else named.get("input_ids")
         given = named.get("generation_config", args[0] if args else None)
         settings = settings_of(named, given, self._model.generation_config)
         self._state.survey()
+        drops_out = self._state.drops_out
         obstacle = (
-            obstacle_to_reuse(
-                ids,
-                named,
-                settings,
-                self._parameters,
-                in_session=is_ours,
-                drops_out=self._state.drops_out,
-            )
+            obstacle_to_reuse(ids, named, settings, self._parameters, in_session=is_ours, drops_out=drops_out)
             or self._obstacle()
         )
-        if obstacle is not None and is_ours:
+        if obstacle is None:
+            return ids, settings, None, False
+        if is_ours:
             raise UnsupportedError(f"a session cannot take {obstacle}")
-        if obstacle is not None or ids is None:
-            name = OF_SETTINGS.get(str(obstacle), str(obstacle))
-            origin = origin_of(name, named, given, settings[name]) if name in settings else CALL
-            is_said = (obstacle not in ASKED_FOR or origin != CALL) and (
-                ids is not None or named.get("inputs_embeds") is not None
-            )
-            where = f" ({origin})" if name in settings else ""
-            return self._without(f"it cannot take {obstacle}{where}", inputs, args, named, is_said=is_said)
-        return self._through(ids, inputs, args, named, settings, is_ours=is_ours)
+        name = OF_SETTINGS.get(obstacle, obstacle)
+        origin = origin_of(name, named, given, settings[name]) if name in settings else CALL
+        has_prompt = ids is not None or named.get("inputs_embeds") is not None
+        is_said = has_prompt and (obstacle not in ASKED_FOR or origin not in (CALL, GIVEN))
+        where = f" ({origin})" if name in settings else ""
+        return ids, settings, f"it cannot take {obstacle}{where}", is_said
 
     def _through(
         self,
@@ -121,9 +134,14 @@ class Generating:
         is_ours: bool,
     ) -> Any:
         """Generate through the cache."""
-        plain = None if is_ours else self._session()
+        try:
+            plain = None if is_ours else self._session()
+            mask = mask_of(ids, kwargs, settings)
+        except Exception as error:
+            if is_ours:
+                raise
+            return self._without(_FAILED, inputs, args, kwargs, details=self._said(error))
         session: PagedSession = kwargs[CACHE] if plain is None else plain
-        mask = mask_of(ids, kwargs, settings)
         with session.rows.owner.in_use(), self._passed_by.serving():
             try:
                 session.rows.prepare(ids, mask)
@@ -131,27 +149,44 @@ class Generating:
                 if is_ours:
                     raise
                 session.rows.reset()
-                self._log(error)
-                what = "this attention_mask" if isinstance(error, UnsupportedError) else "this prompt"
-                return self._without(f"it cannot take {what}", inputs, args, kwargs, details=f": {error}")
+                why = _FAILED
+                if isinstance(error, KVHybridError):
+                    is_mask = isinstance(error, UnsupportedError)
+                    why = f"it cannot take this {'attention_mask' if is_mask else 'prompt'}"
+                return self._without(why, inputs, args, kwargs, details=self._said(error))
             try:
-                if plain is not None:
-                    plain.in_call = True
-                chunk = settings["prefill_chunk_size"]
-                if isinstance(chunk, int) and chunk > 0:
-                    # The prompt is cut here, after what is cached of it. With a grid, forward cuts every
-                    # prompt, the same for all.
-                    kwargs["prefill_chunk_size"] = None
-                    if not self._grid:
-                        self._prefill(session, ids, mask, chunk)
-                output = self._own(inputs, *args, **{**kwargs, **over(session)})
-                if is_ours and self._compression.kept < 1.0:
-                    compress_turn(session.rows, self._compression.kept, self._compression.scorer)
-                return output
+                return self._over(session, ids, mask, inputs, args, kwargs, settings)
             finally:
-                if plain is not None:
-                    plain.in_call = False
                 session.rows.release()
+
+    def _over(
+        self,
+        session: PagedSession,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        inputs: torch.Tensor | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        settings: dict[str, Any],
+    ) -> Any:
+        """Generate over a session that has the prompt."""
+        chunk = settings["prefill_chunk_size"]
+        if isinstance(session, PlainSession) and kwargs.get(CACHE) is not session:
+            session.in_call = True
+        try:
+            if isinstance(chunk, int) and chunk > 0:
+                # The prompt is cut here, after what is cached of it. With a grid, forward cuts every prompt,
+                # the same for all.
+                kwargs = {**kwargs, "prefill_chunk_size": None}
+                if not self._grid:
+                    self._prefill(session, ids, mask, chunk)
+            output = self._own(inputs, *args, **{**kwargs, **over(session)})
+        finally:
+            if isinstance(session, PlainSession):
+                session.in_call = False
+        if kwargs.get(CACHE) is session and self._compression.kept < 1.0:
+            compress_turn(session.rows, self._compression.kept, self._compression.scorer)
+        return output
 
     @torch.no_grad()
     def _prefill(
@@ -185,6 +220,10 @@ class Generating:
         with self._passed_by.passing():
             return self._own(inputs, *args, **kwargs)
 
-    def _log(self, error: Exception) -> None:
-        if not isinstance(error, KVHybridError):
-            _log.error("a prompt could not be looked up: it is computed without the cache", exc_info=error)
+    def _said(self, error: Exception) -> str:
+        """Return an error as the end of a sentence; log the first of its kind that is no refusal of ours."""
+        kind = type(error)
+        if not isinstance(error, KVHybridError) and kind not in self._logged:
+            self._logged.add(kind)
+            _log.error("a call could not be looked at: it runs without the cache", exc_info=error)
+        return f": {kind.__name__}: {error}" if not isinstance(error, KVHybridError) else f": {error}"

@@ -70,6 +70,7 @@ DROPOUT: Final = "a model in training mode: dropout would be cached"
 # Whoever asks in a call for no cache, or for another one, knows that ours is not used.
 ASKED_FOR: Final = (NO_CACHE, "cache_implementation")
 CALL: Final = "from the call"
+GIVEN: Final = "from the generation configuration of the call"
 # Settings that are obstacles, by what is said of them.
 OF_SETTINGS: Final = {NO_CACHE: "use_cache", NO_HIDDEN: "output_hidden_states"}
 
@@ -154,7 +155,7 @@ def origin_of(name: str, kwargs: dict[str, Any], given: GenerationConfig | None,
     if name in kwargs:
         return CALL
     if given is not None and getattr(given, name, None) == value:
-        return "from the generation configuration of the call"
+        return GIVEN
     return "from the model's own generation configuration"
 
 
