@@ -198,3 +198,32 @@ def test_the_collector_demotes_before_it_evicts() -> None:
     )
     assert pool.match(text) == len(text)
     pool.check()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_numbers_that_were_cut_off_set_the_step_of_what_stays(bits: int) -> None:
+    """A page is quantized whole and once: how exact it is follows from all that it held then."""
+    cache = KVCache(config(bits), layout=layout())
+    keys, values = slices(8 * BLOCK)
+    keys[:, :, 10:BLOCK] *= 1000
+    values[:, :, 10:BLOCK] *= 1000
+    for start in range(0, 8 * BLOCK, BLOCK):
+        part = slice(start, start + BLOCK)
+        for layer in range(LAYERS):
+            cache.process_kv(keys[:, :, part], values[:, :, part], layer_idx=layer)
+    session = cache._tensors._known["default", "default"]
+    assert memoryview(session._rows[0].block_table()).cast("i")[0] >= cache.storage.num_full
+    cache.truncate_kv(10)
+    found, found_values, _ = cache.process_kv(keys[:, :, 10:11], values[:, :, 10:11], 10)
+    # Keys: a channel over the tokens of the page. Half a step, and what float16 rounds of step and minimum.
+    held = keys[:, :, :BLOCK]
+    spread = held.amax(2, keepdim=True) - held.amin(2, keepdim=True)
+    step = spread * (1 + 2**-9) / (2**bits - 1) + held.abs().amax(2, keepdim=True) * 2**-10
+    off = (found[:, :, :10] - keys[:, :, :10]).abs()
+    assert (off <= step / 2 + 1e-6).all()
+    left = keys[:, :, :10]
+    assert off.max() > (left.amax() - left.amin()) / (2**bits - 1)  # of what is left alone it would be less
+    # Values: a token over its channels, so that others' numbers are nothing to it.
+    spread = values[:, :, :10].amax(3, keepdim=True) - values[:, :, :10].amin(3, keepdim=True)
+    step = spread * (1 + 2**-9) / (2**bits - 1) + values[:, :, :10].abs().amax(3, keepdim=True) * 2**-10
+    assert ((found_values[:, :, :10] - values[:, :, :10]).abs() <= step / 2 + 1e-6).all()

@@ -187,7 +187,9 @@ class KVCache(SaidOfTexts):
         progress. Positions that the layer holds already are not overwritten; only what follows is stored.
 
         Returns K and V ``[batch, num_kv_heads, end, width]``, fresh tensors in the caller's dtype, equal to
-        the bit to what went in unless the cache's dtype is narrower, and a ``SliceMetadata``.
+        the bit to what went in unless the cache's dtype is narrower, and a ``SliceMetadata``. A page that was
+        quantized gives each number back within half a step, which follows from all that the page held then:
+        keys a channel over its tokens, values a token over its channels.
 
         With ``use_compression`` a session keeps a share of its old positions once every layer has come to the
         same end: later calls return what is left, each head its own, the last positions whole and in order,
