@@ -257,6 +257,21 @@ def test_methods_replaced_on_a_class_and_functions_of_its_file_count(monkeypatch
     assert len(names) == 4
 
 
+def test_what_changed_and_came_back_is_told_from_what_never_changed() -> None:
+    model = make_model("llama")
+    state = ModelState(model)
+    before = state.look()
+    assert before is not None
+    same = state.look()
+    assert same is not None
+    assert same.is_unchanged_since(before)
+    with model.model.layers[0].register_forward_pre_hook(lambda *_: None):
+        state.look()
+    back = state.look()
+    assert back == before
+    assert not back.is_unchanged_since(before)
+
+
 def test_hooks_of_every_module_of_the_process_count() -> None:
     state = ModelState(make_model("llama"))
     before = state.look()

@@ -83,6 +83,7 @@ class Running:
         self._tenancy = tenancy
         self.namespace = tenancy.latest()
         """Where its pages are found: that of the model as it was last seen, until ``look`` is called."""
+        self._is_stale = False  # the model has changed since the row was opened
         self._is_checked = True  # nothing was computed since the pages were last verified
         self.end_ids = end_ids
 
@@ -113,6 +114,7 @@ class Running:
     def look(self) -> None:
         """Look at the model: the row is opened among the pages that the model would compute now."""
         self.namespace = self._tenancy.namespace(texts=[self.span(0, len(self.tokens))])
+        self._is_stale = False
 
     @property
     def needs_check(self) -> bool:
@@ -128,7 +130,10 @@ class Running:
 
         ``name``: what the model is called now. Without ``length``: all that were computed.
         """
-        if self.sequence is not None and self._tenancy.check(name):
+        if self.sequence is None:
+            return
+        self._is_stale = self._is_stale or not self._tenancy.check(name)
+        if not self._is_stale:
             self.sequence.verify(self.sequence.length if length is None else length)
             self._is_checked = length is None
 
@@ -151,7 +156,7 @@ class Running:
         if (computed := self._let_go()) is None:
             return
         if self.prompt.held is not None and computed.front.removed:
-            self.prompt.held.rest(computed, self._tenancy.name)
+            self.prompt.held.rest(computed, None if self._is_stale else self._tenancy.name)
         else:
             computed.sequence.close()
 
@@ -163,7 +168,7 @@ class Running:
         if self.prompt.held is None:
             self.close()
         elif (computed := self._let_go()) is not None:
-            self.prompt.held.keep(computed, self._tenancy.name)
+            self.prompt.held.keep(computed, None if self._is_stale else self._tenancy.name)
 
     def _let_go(self) -> Computed | None:
         """Return what was computed, and be without it."""

@@ -74,14 +74,11 @@ class Tenancy:
 
     def is_stale(self) -> bool:
         """Return whether the model computes something else than when ``namespace`` was last asked."""
-        is_stale = self.name is None or self._namespaces.state.look() != self.name
-        if is_stale:
-            self._namespaces.state.suspect()
-        return is_stale
+        return not self.check(self._namespaces.state.look())
 
     def check(self, name: StateName | None) -> bool:
-        """Return whether the model is called ``name`` now, as it was when the text was opened."""
-        if name is not None and name == self.name:
+        """Return whether the model, called ``name`` now, has been the same since the text was opened."""
+        if name is not None and self.name is not None and name.is_unchanged_since(self.name):
             return True
         self._namespaces.state.suspect()
         return False

@@ -72,6 +72,19 @@ class StateName(NamedTuple):
     precision: str
     """Autocast and the precision of products, as the calling thread has set them."""
 
+    changes: int = 0
+    """How many changes looks had found by then. Not part of the name: what comes back has its name again."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StateName) and self[:3] == other[:3]
+
+    def __hash__(self) -> int:
+        return hash(self[:3])
+
+    def is_unchanged_since(self, before: StateName) -> bool:
+        """Return whether the model has this name and no look found another one in between."""
+        return self == before and self.changes == before.changes
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The name as parts of a namespace's, the epoch first."""
@@ -99,6 +112,7 @@ class ModelState:
         self._changing = Changing()
         self._passes = 0
         self._users = 0
+        self._seen, self._changes = (0, ""), 0
         self.latest = StateName(0, "", "")
         """The name that the last look found, of whatever thread."""
         watch_optimizers(self)
@@ -154,7 +168,9 @@ class ModelState:
                 self._look(tokens)
             finally:
                 self._is_looking = False
-            self.latest = StateName(self.epoch, self._facts, precision)
+            if (seen := (self.epoch, self._facts)) != self._seen:
+                self._seen, self._changes = seen, self._changes + 1
+            self.latest = StateName(*seen, precision, self._changes)
             return self.latest
 
     def _look(self, tokens: npt.NDArray[np.int64] | None) -> None:
