@@ -268,7 +268,9 @@ def test_what_changed_and_came_back_is_told_from_what_never_changed() -> None:
     with model.model.layers[0].register_forward_pre_hook(lambda *_: None):
         state.look()
     back = state.look()
+    assert back is not None
     assert back == before
+    assert not back != before  # noqa: SIM202  # both are asked for
     assert not back.is_unchanged_since(before)
 
 

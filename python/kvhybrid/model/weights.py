@@ -78,6 +78,9 @@ class StateName(NamedTuple):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, StateName) and self[:3] == other[:3]
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other  # a tuple's own would count the changes
+
     def __hash__(self) -> int:
         return hash(self[:3])
 
